@@ -1,0 +1,1 @@
+"""The literate toolchain: chapters become notebooks and modules, and stay in step."""

@@ -1,0 +1,266 @@
+"""Keep the twins: text -> notebook, never the other way without being asked.
+
+A notebook carries three SHA-256 in `metadata.albor`: `cells` (all cells as the keeper
+wrote them, so that an edit made in JupyterLab is noticed), `code` (the code cells and
+everything that they import or read) and `outputs`. A chapter runs again when `code` or
+`outputs` no longer fits; prose alone never makes it run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import jupytext
+import nbformat
+from jupytext.combine import combine_inputs_with_outputs
+from nbclient import NotebookClient
+from nbclient.exceptions import (
+    CellExecutionError,
+    CellTimeoutError,
+    DeadKernelError,
+)
+from nbformat import NotebookNode
+
+from tools.chapters import (
+    MYST,
+    BookError,
+    Chapter,
+    cells_hash,
+    chapter_names,
+    code_cells,
+    code_hash,
+    outputs_hash,
+    write_atomically,
+)
+from tools.export import export
+from tools.leaks import leaks
+
+SECONDS_PER_CELL = 600
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+LANGUAGE = {
+    "codemirror_mode": {"name": "ipython", "version": 3},
+    "file_extension": ".py",
+    "mimetype": "text/x-python",
+    "name": "python",
+    "pygments_lexer": "ipython3",
+}
+
+
+def record(notebook: NotebookNode) -> dict[str, str]:
+    return notebook.metadata.get("albor", {})
+
+
+def is_fresh(chapter: Chapter) -> bool:
+    """Do the stored outputs belong to this code, and are they as the kernel left them?"""
+    stored = chapter.stored
+    if stored is None:
+        return False
+    kept = record(stored)
+    return kept.get("code") == code_hash(chapter) and kept.get(
+        "outputs"
+    ) == outputs_hash(stored)
+
+
+def edited_notebook(chapter: Chapter) -> bool:
+    """Does the notebook hold work that is neither the keeper's nor in the text?"""
+    stored = chapter.stored
+    if stored is None:
+        return False
+    cells = cells_hash(stored)
+    kept = record(stored).get("cells")
+    known = [kept] if kept else []
+    if chapter.text_path.exists():
+        known.append(cells_hash(chapter.source))
+    return cells not in known
+
+
+# --- building the notebook -----------------------------------------------------------
+
+
+def clean_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookNode]:
+    """Join split streams, number the result as its cell, drop what is transient."""
+    clean: list[NotebookNode] = []
+    for output in outputs:
+        previous = clean[-1] if clean else None
+        if (
+            previous is not None
+            and output.output_type == previous.output_type == "stream"
+            and output.name == previous.name
+        ):
+            previous.text += output.text
+            continue
+        output = nbformat.from_dict(output)
+        output.pop("transient", None)
+        if output.output_type == "execute_result":
+            output.execution_count = count
+        clean.append(output)
+    return clean
+
+
+def assemble(chapter: Chapter, outputs_from: NotebookNode | None) -> NotebookNode:
+    """The notebook as it is stored: cells of the text, outputs of `outputs_from`."""
+    source = nbformat.from_dict(chapter.source)
+    outputs = source if outputs_from is None else nbformat.from_dict(outputs_from)
+    joined = combine_inputs_with_outputs(source, outputs, fmt=MYST)
+    metadata = {"kernelspec": KERNEL, "language_info": LANGUAGE}
+    extra = set(source.metadata) - {
+        "jupytext",
+        "kernelspec",
+        "language_info",
+        "albor",
+    }
+    metadata |= {key: source.metadata[key] for key in extra}
+    notebook = nbformat.v4.new_notebook(metadata=metadata)
+    seen: dict[str, int] = {}
+    count = 0
+    for cell, written in zip(source.cells, joined.cells, strict=True):
+        key = hashlib.sha256(
+            f"{cell.cell_type}\n{cell.source}".encode()
+        ).hexdigest()[:8]
+        seen[key] = seen.get(key, 0) + 1
+        made = nbformat.from_dict(cell)
+        made.id = key if seen[key] == 1 else f"{key}-{seen[key]}"
+        if cell.cell_type == "code":
+            ran = bool(cell.source.strip()) and written.execution_count is not None
+            count += ran
+            made.execution_count = count if ran else None
+            made.outputs = clean_outputs(written.outputs, count) if ran else []
+        notebook.cells.append(made)
+    notebook.metadata["albor"] = {
+        "cells": cells_hash(notebook),
+        "code": code_hash(chapter),
+        "outputs": outputs_hash(notebook),
+    }
+    return notebook
+
+
+def as_text(notebook: NotebookNode) -> str:
+    nbformat.validate(notebook)
+    return nbformat.writes(notebook, version=4) + "\n"
+
+
+def execute(chapter: Chapter) -> NotebookNode:
+    """Run the chapter's cells in a new kernel, in `notebooks/`, with ALBOR_TEST=1."""
+    notebook = nbformat.from_dict(chapter.source)
+    folder = chapter.notebook_path.parent
+    folder.mkdir(exist_ok=True)
+    paths = [str(chapter.root), os.environ.get("PYTHONPATH", "")]
+    search = os.pathsep.join(path for path in paths if path)
+    client = NotebookClient(
+        notebook,
+        timeout=SECONDS_PER_CELL,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    current = [notebook.cells[0]]
+    client.on_cell_start = lambda cell, cell_index: current.__setitem__(0, cell)
+    try:
+        environment = os.environ | {"ALBOR_TEST": "1", "PYTHONPATH": search}
+        client.execute(env=environment, extra_arguments=["--log-level=ERROR"])
+    except CellTimeoutError as error:
+        raise BookError(
+            f"{chapter.place(current[0])}: the cell took over {SECONDS_PER_CELL} "
+            "seconds; give it less to do"
+        ) from error
+    except (CellExecutionError, DeadKernelError) as error:
+        message = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+        raise BookError(
+            f"{chapter.place(current[0])}: the cell failed; mend it, or tag it "
+            f"`raises-exception` if the error is the lesson\n{message}"
+        ) from error
+    return notebook
+
+
+def refuse_leaks(chapter: Chapter, notebook: NotebookNode) -> None:
+    for cell in code_cells(notebook):
+        for found in leaks(cell, chapter.root):
+            raise BookError(
+                f"{chapter.place(cell)}: the cell's output holds {found!r}, which "
+                "differs from machine to machine; print something else"
+            )
+
+
+# --- the commands --------------------------------------------------------------------
+
+
+def keep(root: Path, names: list[str]) -> list[str]:
+    """Export, execute what is stale, write the twins; returns what was done.
+
+    With no names: all chapters of `_toc.yml`. Nothing is written while any of the
+    notebooks holds edits that `adopt` has not carried into the text.
+    """
+    order = chapter_names(root)
+    for name in names:
+        if name not in order:
+            raise BookError(
+                f"_toc.yml: no chapter notebooks/{name}; there are {', '.join(order)}"
+            )
+    chapters = [Chapter(root, name) for name in order if not names or name in names]
+    for chapter in chapters:
+        if edited_notebook(chapter):
+            raise BookError(
+                f"notebooks/{chapter.name}.ipynb: edited in the notebook; "
+                f"`make adopt NAME={chapter.name}` carries the edits into "
+                f"book/{chapter.name}.md (nothing was written)"
+            )
+    done = []
+    for chapter in chapters:
+        if export(chapter):
+            done.append(f"albor/{chapter.name}.py: exported")
+    for chapter in chapters:
+        fresh = is_fresh(chapter)
+        notebook = assemble(chapter, chapter.stored if fresh else execute(chapter))
+        refuse_leaks(chapter, notebook)
+        if write_atomically(chapter.notebook_path, as_text(notebook)):
+            verb = "text carried over" if fresh else "executed"
+            done.append(f"notebooks/{chapter.name}.ipynb: {verb}")
+    return done
+
+
+def adopt(root: Path, name: str) -> str:
+    """Carry edits made in the notebook into the text; returns what was done."""
+    chapter = Chapter(root, name)
+    stored = chapter.stored
+    if stored is None:
+        raise BookError(
+            f"notebooks/{name}.ipynb: no such notebook; nothing to adopt"
+        )
+    if not edited_notebook(chapter):
+        return f"notebooks/{name}.ipynb: holds no edits; nothing to adopt"
+    if any(cell.get("attachments") for cell in stored.cells):
+        raise BookError(
+            f"notebooks/{name}.ipynb: a cell has an attached picture, which text "
+            "cannot hold; save it in book/_static/ and link it, then adopt again"
+        )
+    edits = nbformat.from_dict(stored)
+    for cell in edits.cells:
+        cell.source = cell.source.strip("\n").rstrip()
+    edits.metadata = nbformat.from_dict(
+        {"kernelspec": KERNEL, "language_info": LANGUAGE, "jupytext": {}}
+    )
+    written = jupytext.writes(edits, fmt=MYST)
+    body = written.removeprefix("---\n").partition("\n---\n")[2]
+    exists = chapter.text_path.exists()
+    text = (chapter.header if exists else written[: -len(body)]) + body
+    if cells_hash(jupytext.reads(text, fmt=MYST)) != cells_hash(stored):
+        raise BookError(
+            f"notebooks/{name}.ipynb: its cells do not survive the way through text; "
+            f"carry the edit into book/{name}.md by hand"
+        )
+    if exists and cells_hash(chapter.source) != record(stored).get("cells"):
+        aside = root / "_build" / "adopt" / f"{name}.md"
+        write_atomically(aside, text)
+        raise BookError(
+            f"book/{name}.md: edited too, as was notebooks/{name}.ipynb. The "
+            f"notebook's version now lies as text in _build/adopt/{name}.md: merge "
+            f"what you want into book/{name}.md, then delete notebooks/{name}.ipynb "
+            f"and run `make notebooks`"
+        )
+    write_atomically(chapter.text_path, text)
+    return (
+        f"book/{name}.md: took over the notebook's edits; now run `make notebooks`"
+    )
