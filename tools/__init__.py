@@ -1,1 +1,1 @@
-"""The literate toolchain: chapters become notebooks and modules, and stay in step."""
+"""The literate toolchain: chapters become notebooks and modules, in step."""

@@ -34,7 +34,7 @@ DISPLAY_KEYS |= {"jp-MarkdownHeadingCollapsed", "jupyter", "editable", "deletabl
 
 
 class BookError(Exception):
-    """Something in the book needs a person; the message says where and what to do."""
+    """The book needs a person; the message says where, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def toc_entries(root: Path) -> list[str]:
 
 
 def chapter_names(root: Path) -> list[str]:
-    """The chapters in reading order: the entries of `_toc.yml` under `notebooks/`."""
+    """The chapters in reading order: `_toc.yml`'s entries under `notebooks/`."""
     entries = [Path(entry) for entry in toc_entries(root)]
     return [entry.name for entry in entries if entry.parent.name == "notebooks"]
 
@@ -156,7 +156,7 @@ def parse(source: str, place: str) -> ast.Module:
         ) from error
 
 
-# --- hashes --------------------------------------------------------------------------
+# --- hashes -----------------------------------------------------------------------
 
 
 def digest(value: Any) -> str:
@@ -183,12 +183,12 @@ def outputs_hash(notebook: NotebookNode) -> str:
 
 
 def code_hash(chapter: Chapter) -> str:
-    """What decides the outputs: the code cells with their tags, and what they use."""
+    """What decides the outputs: code cells with their tags, and what they use."""
     cells = [[cell.source, tags(cell)] for cell in code_cells(chapter.source)]
     return digest([cells, dependencies(chapter)])
 
 
-# --- what a chapter depends on -------------------------------------------------------
+# --- what a chapter depends on ----------------------------------------------------
 
 
 def imported_modules(tree: ast.AST, inside: str = "") -> set[str]:
@@ -216,12 +216,12 @@ def imported_modules(tree: ast.AST, inside: str = "") -> set[str]:
                 name = str(first.value)
                 names.append(f"{PACKAGE}{name}" if name.startswith(".") else name)
     parts = [name.split(".") for name in names]
-    found = {(part + [""])[1] for part in parts if part[0] == PACKAGE}
+    found = {[*part, ""][1] for part in parts if part[0] == PACKAGE}
     return found - {inside, "__version__"}
 
 
 def tracked_files(root: Path) -> list[str]:
-    """The committed files; in a copy without git, all that `.gitignore` lets pass."""
+    """The committed files; without git, all that `.gitignore` lets pass."""
     listing = subprocess.run(
         ["git", "-C", str(root), "ls-files", "-z", "--", "."],
         capture_output=True,
@@ -267,8 +267,8 @@ def dependencies(chapter: Chapter) -> dict[str, str]:
     """Path -> SHA-256 of all that a chapter's code imports or reads, transitively.
 
     Another chapter's notebook counts by its code and by what that uses, not by its
-    outputs. The chapter's own files never count: it runs its own cells. Figures take
-    their style from `notebooks/matplotlibrc`.
+    outputs. The chapter's own files never count: it runs its own cells. Figures
+    take their style from `notebooks/matplotlibrc`.
     """
     root, tracked = chapter.root, tracked_files(chapter.root)
     own = {chapter.text_path, chapter.notebook_path, chapter.module_path}
@@ -303,7 +303,7 @@ def dependencies(chapter: Chapter) -> dict[str, str]:
 
 
 def write_atomically(path: Path, text: str) -> bool:
-    """Write `text` whole or not at all; leave a file that already holds it alone."""
+    """Write `text` whole or not at all; False if the file already holds it."""
     if path.exists() and path.read_bytes() == text.encode():
         return False
     path.parent.mkdir(parents=True, exist_ok=True)

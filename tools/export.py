@@ -28,8 +28,10 @@ def assigned(body: list[ast.stmt]) -> Iterator[str]:
         ):
             yield statement.name
         elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
-            single = isinstance(statement, ast.AnnAssign)
-            targets = [statement.target] if single else statement.targets
+            one = isinstance(statement, ast.AnnAssign)
+            targets: list[ast.expr] = (
+                [statement.target] if one else statement.targets
+            )
             for node in (node for target in targets for node in ast.walk(target)):
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                     yield node.id

@@ -1,9 +1,9 @@
 """Keep the twins: text -> notebook, never the other way without being asked.
 
-A notebook carries three SHA-256 in `metadata.albor`: `cells` (all cells as the keeper
-wrote them, so that an edit made in JupyterLab is noticed), `code` (the code cells and
-everything that they import or read) and `outputs`. A chapter runs again when `code` or
-`outputs` no longer fits; prose alone never makes it run.
+A notebook carries three SHA-256 in `metadata.albor`: `cells` (all cells as the
+keeper wrote them, so that an edit made in JupyterLab is noticed), `code` (the code
+cells and everything that they import or read) and `outputs`. A chapter runs again
+when `code` or `outputs` no longer fits; prose alone never makes it run.
 """
 
 from __future__ import annotations
@@ -54,14 +54,12 @@ def record(notebook: NotebookNode) -> dict[str, str]:
 
 
 def is_fresh(chapter: Chapter) -> bool:
-    """Do the stored outputs belong to this code, and are they as the kernel left them?"""
+    """Do the stored outputs belong to this code, untouched since the kernel ran?"""
     stored = chapter.stored
     if stored is None:
         return False
-    kept = record(stored)
-    return kept.get("code") == code_hash(chapter) and kept.get(
-        "outputs"
-    ) == outputs_hash(stored)
+    now = {"code": code_hash(chapter), "outputs": outputs_hash(stored)}
+    return now.items() <= dict(record(stored)).items()
 
 
 def edited_notebook(chapter: Chapter) -> bool:
@@ -77,7 +75,7 @@ def edited_notebook(chapter: Chapter) -> bool:
     return cells not in known
 
 
-# --- building the notebook -----------------------------------------------------------
+# --- building the notebook --------------------------------------------------------
 
 
 def clean_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookNode]:
@@ -101,7 +99,7 @@ def clean_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookNode]
 
 
 def assemble(chapter: Chapter, outputs_from: NotebookNode | None) -> NotebookNode:
-    """The notebook as it is stored: cells of the text, outputs of `outputs_from`."""
+    """The notebook as stored: cells of the text, outputs of `outputs_from`."""
     source = nbformat.from_dict(chapter.source)
     outputs = source if outputs_from is None else nbformat.from_dict(outputs_from)
     joined = combine_inputs_with_outputs(source, outputs, fmt=MYST)
@@ -143,7 +141,7 @@ def as_text(notebook: NotebookNode) -> str:
 
 
 def execute(chapter: Chapter) -> NotebookNode:
-    """Run the chapter's cells in a new kernel, in `notebooks/`, with ALBOR_TEST=1."""
+    """Run the cells in a new kernel, in `notebooks/`, with ALBOR_TEST=1."""
     notebook = nbformat.from_dict(chapter.source)
     folder = chapter.notebook_path.parent
     folder.mkdir(exist_ok=True)
@@ -153,6 +151,7 @@ def execute(chapter: Chapter) -> NotebookNode:
         notebook,
         timeout=SECONDS_PER_CELL,
         kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],
         record_timing=False,
         resources={"metadata": {"path": str(folder)}},
     )
@@ -160,7 +159,7 @@ def execute(chapter: Chapter) -> NotebookNode:
     client.on_cell_start = lambda cell, cell_index: current.__setitem__(0, cell)
     try:
         environment = os.environ | {"ALBOR_TEST": "1", "PYTHONPATH": search}
-        client.execute(env=environment, extra_arguments=["--log-level=ERROR"])
+        client.execute(env=environment)
     except CellTimeoutError as error:
         raise BookError(
             f"{chapter.place(current[0])}: the cell took over {SECONDS_PER_CELL} "
@@ -184,7 +183,7 @@ def refuse_leaks(chapter: Chapter, notebook: NotebookNode) -> None:
             )
 
 
-# --- the commands --------------------------------------------------------------------
+# --- the commands -----------------------------------------------------------------
 
 
 def keep(root: Path, names: list[str]) -> list[str]:
