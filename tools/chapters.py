@@ -13,6 +13,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,11 +96,11 @@ class Chapter:
                 "restore it with git, or delete it and run `make notebooks`"
             ) from error
 
-    def place(self, cell: NotebookNode) -> str:
-        """`book/NAME.md:LINE`, where the cell's source begins."""
+    def place(self, cell: NotebookNode, line: int = 0) -> str:
+        """`book/NAME.md:LINE`, where the cell's source (or a line of it) stands."""
         at = self.text.find(cell.source) if cell.source else -1
-        line = self.text.count("\n", 0, at) + 1 if at >= 0 else 1
-        return f"book/{self.name}.md:{line}"
+        first = self.text.count("\n", 0, at) + 1 if at >= 0 else 1
+        return f"book/{self.name}.md:{first + line}"
 
 
 def toc_entries(root: Path) -> list[str]:
@@ -156,6 +157,12 @@ def parse(source: str, place: str) -> ast.Module:
         ) from error
 
 
+def trees(chapter: Chapter) -> list[ast.Module]:
+    """The syntax trees of the chapter's code cells, in order."""
+    cells = code_cells(chapter.source)
+    return [parse(cell.source, chapter.place(cell)) for cell in cells]
+
+
 # --- hashes -----------------------------------------------------------------------
 
 
@@ -182,31 +189,34 @@ def outputs_hash(notebook: NotebookNode) -> str:
     return digest([[cell.execution_count, cell.outputs] for cell in cells])
 
 
+def written_code(chapter: Chapter) -> list[Any]:
+    return [[cell.source, tags(cell)] for cell in code_cells(chapter.source)]
+
+
 def code_hash(chapter: Chapter) -> str:
     """What decides the outputs: code cells with their tags, and what they use."""
-    cells = [[cell.source, tags(cell)] for cell in code_cells(chapter.source)]
-    return digest([cells, dependencies(chapter)])
+    return digest([written_code(chapter), dependencies(chapter)])
 
 
 # --- what a chapter depends on ----------------------------------------------------
 
 
-def imported_modules(tree: ast.AST, inside: str = "") -> set[str]:
-    """Modules of the package that `tree` imports, wherever the import stands.
+def imported_names(tree: ast.AST) -> set[str]:
+    """Dotted names of all modules that `tree` imports, wherever the import stands.
 
-    Function-level imports, relative ones (in a module of the package: pass its name
-    as `inside`) and `importlib.import_module("albor.x")` count too. A plain
-    `import albor` yields the empty name.
+    Function-level imports count, relative ones (they mean the package) and
+    `importlib.import_module("albor.x")` too.
     """
-    names = []
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = f"{PACKAGE}." if node.level else ""
-            base = (base + (node.module or "")).rstrip(".")
-            deeper = [f"{base}.{alias.name}" for alias in node.names]
-            names += deeper if base == PACKAGE else [base]
+            base = (f"{PACKAGE}." * bool(node.level) + (node.module or "")).rstrip(
+                "."
+            )
+            deeper = {f"{base}.{alias.name}" for alias in node.names}
+            names |= deeper if base == PACKAGE else {base}
         elif isinstance(node, ast.Call) and node.args:
             called = ast.unparse(node.func).split(".")[-1]
             first = node.args[0]
@@ -214,52 +224,65 @@ def imported_modules(tree: ast.AST, inside: str = "") -> set[str]:
                 first, ast.Constant
             ):
                 name = str(first.value)
-                names.append(f"{PACKAGE}{name}" if name.startswith(".") else name)
-    parts = [name.split(".") for name in names]
-    found = {[*part, ""][1] for part in parts if part[0] == PACKAGE}
-    return found - {inside, "__version__"}
+                names.add(PACKAGE * name.startswith(".") + name)
+    return names
 
 
-def tracked_files(root: Path) -> list[str]:
-    """The committed files; without git, all that `.gitignore` lets pass."""
-    listing = subprocess.run(
-        ["git", "-C", str(root), "ls-files", "-z", "--", "."],
-        capture_output=True,
-        text=True,
-    )
-    if (root / ".git").exists() and listing.returncode == 0:
-        names = [name for name in listing.stdout.split("\0") if name]
+def imported_modules(tree: ast.AST) -> set[str]:
+    """Modules of the package that `tree` imports; "__init__" for a bare `albor`."""
+    parts = [[*name.split("."), "__init__"] for name in imported_names(tree)]
+    found = {part[1] for part in parts if part[0] == PACKAGE}
+    return {"__init__" if name == "__version__" else name for name in found}
+
+
+def strings(tree: ast.AST) -> set[str]:
+    """All string constants, the constant parts of f-strings among them."""
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return {node.value for node in nodes if isinstance(node.value, str)}
+
+
+def committed_files(root: Path) -> dict[str, set[str]]:
+    """Every committed file, and every folder with the files in it, by its path.
+
+    In a copy without git: all files that `.gitignore` lets pass.
+    """
+    command = ["git", "-C", str(root), "ls-files", "-z"]
+    names: list[str] = []
+    if (root / ".git").exists():
+        listing = subprocess.run(
+            command, capture_output=True, text=True, check=True
+        )
+        names = listing.stdout.split("\0")
     else:
         ignore = root / ".gitignore"
-        lines = ignore.read_text().splitlines() if ignore.exists() else []
-        skip = [".git"] + [ln.strip("/").removesuffix("/*") for ln in lines if ln]
-        names = []
+        lines = ignore.read_text().split() if ignore.exists() else []
+        skip = [".git", *(line.strip("/").removesuffix("/*") for line in lines)]
         for folder, inner, files in os.walk(root):
-            inner[:] = [
+            kept = [
                 d for d in inner if not any(fnmatch.fnmatch(d, s) for s in skip)
             ]
+            inner[:] = kept
             names += [Path(folder, f).relative_to(root).as_posix() for f in files]
-    hidden = (".gitkeep", ".gitignore")
-    return sorted(
-        n for n in names if not n.endswith(hidden) and (root / n).is_file()
-    )
+    index: dict[str, set[str]] = {}
+    for name in names:
+        if name and not name.endswith(".gitkeep") and (root / name).is_file():
+            for path in (Path(name), *Path(name).parents):
+                index.setdefault(path.as_posix(), set()).add(name)
+    return index
 
 
-def files_named(tree: ast.AST, tracked: list[str]) -> set[str]:
+def files_named(tree: ast.AST, committed: dict[str, set[str]]) -> set[str]:
     """Committed files that a string in the code names, relative to the root.
 
     A string that is the path of a committed file counts as reading it; the path of
-    a folder (or the constant start of an f-string: "configs/train/") counts as
-    reading all that is committed in it. The package's own name is no path: its
-    modules count when they are imported.
+    a folder (or the start of an f-string: "configs/train/") counts as reading all
+    that is committed in it. "albor" and "." are taken for names, not for folders.
     """
     found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            name = node.value.removeprefix("./").rstrip("/")
-            if name and name != PACKAGE and "\n" not in name:
-                inside = name + "/"
-                found |= {t for t in tracked if t == name or t.startswith(inside)}
+    for text in strings(tree):
+        name = text.removeprefix("./").rstrip("/")
+        if name not in ("", ".", PACKAGE):
+            found |= committed.get(name, set())
     return found
 
 
@@ -270,33 +293,30 @@ def dependencies(chapter: Chapter) -> dict[str, str]:
     outputs. The chapter's own files never count: it runs its own cells. Figures
     take their style from `notebooks/matplotlibrc`.
     """
-    root, tracked = chapter.root, tracked_files(chapter.root)
+    root, committed = chapter.root, committed_files(chapter.root)
     own = {chapter.text_path, chapter.notebook_path, chapter.module_path}
     skip = {path.relative_to(root).as_posix() for path in own}
     found: dict[str, str] = {}
-    todo = [
-        (parse(c.source, chapter.place(c)), "") for c in code_cells(chapter.source)
-    ]
+    todo = trees(chapter)
     while todo:
-        tree, inside = todo.pop()
-        names = {
-            f"{PACKAGE}/{m or '__init__'}.py"
-            for m in imported_modules(tree, inside)
-        }
-        reads = files_named(tree, tracked)
-        if "matplotlib" in ast.dump(tree):
-            reads |= {"notebooks/matplotlibrc"} & set(tracked)
+        tree = todo.pop()
+        program = "\n".join(strings(tree))  # one handed to another process, perhaps
+        modules = imported_modules(tree)
+        modules |= set(re.findall(rf"\b(?:from|import) {PACKAGE}\.(\w+)", program))
+        names = {f"{PACKAGE}/{module}.py" for module in modules}
+        reads = files_named(tree, committed)
+        if any(name.split(".")[0] == "matplotlib" for name in imported_names(tree)):
+            reads |= committed.get("notebooks/matplotlibrc", set())
         for name in sorted((names | reads) - skip - found.keys()):
             path = root / name
             other = Chapter(root, path.stem)
             if name in names:
                 source = path.read_text(encoding="utf-8") if path.exists() else ""
                 found[name] = digest(source)
-                todo.append((ast.parse(source), path.stem))
+                todo.append(parse(source, name))
             elif path == other.notebook_path and other.text_path.exists():
-                cells = code_cells(other.source)
-                found[name] = digest([[cell.source, tags(cell)] for cell in cells])
-                todo += [(parse(c.source, other.place(c)), "") for c in cells]
+                found[name] = digest(written_code(other))
+                todo += trees(other)
             else:
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

@@ -13,7 +13,6 @@ from tools.chapters import (
     code_cells,
     parse,
     tags,
-    write_atomically,
 )
 
 LINE_LENGTH = 84
@@ -28,13 +27,12 @@ def assigned(body: list[ast.stmt]) -> Iterator[str]:
         ):
             yield statement.name
         elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
-            one = isinstance(statement, ast.AnnAssign)
-            targets: list[ast.expr] = (
-                [statement.target] if one else statement.targets
-            )
-            for node in (node for target in targets for node in ast.walk(target)):
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                    yield node.id
+            inner = list(ast.walk(statement))
+            names = [node for node in inner if isinstance(node, ast.Name)]
+            loops = [node for node in inner if isinstance(node, ast.comprehension)]
+            local = {n for loop in loops for n in ast.walk(loop.target)}
+            stored = [name for name in names if isinstance(name.ctx, ast.Store)]
+            yield from (name.id for name in stored if name not in local)
         for part in ("body", "orelse", "finalbody"):
             if isinstance(statement, (ast.If, ast.Try, ast.With)):
                 yield from assigned(getattr(statement, part, []))
@@ -95,9 +93,3 @@ def exported(chapter: Chapter) -> str | None:
     source = "\n".join(parts) + "\n"
     source += "".join(f"\n\n{cell.source}\n" for cell in cells[1:])
     return formatted(source, chapter.name)
-
-
-def export(chapter: Chapter) -> bool:
-    """Write the chapter's module; True if that changed anything."""
-    text = exported(chapter)
-    return text is not None and write_atomically(chapter.module_path, text)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jupytext
@@ -35,7 +36,7 @@ from tools.chapters import (
     outputs_hash,
     write_atomically,
 )
-from tools.export import export
+from tools.export import exported
 from tools.leaks import leaks
 
 SECONDS_PER_CELL = 600
@@ -186,8 +187,8 @@ def refuse_leaks(chapter: Chapter, notebook: NotebookNode) -> None:
 # --- the commands -----------------------------------------------------------------
 
 
-def keep(root: Path, names: list[str]) -> list[str]:
-    """Export, execute what is stale, write the twins; returns what was done.
+def keep(root: Path, names: list[str]) -> Iterator[str]:
+    """Export, execute what is stale, write the twins; yields what it did.
 
     With no names: all chapters of `_toc.yml`. Nothing is written while any of the
     notebooks holds edits that `adopt` has not carried into the text.
@@ -196,28 +197,28 @@ def keep(root: Path, names: list[str]) -> list[str]:
     for name in names:
         if name not in order:
             raise BookError(
-                f"_toc.yml: no chapter notebooks/{name}; there are {', '.join(order)}"
+                f"_toc.yml: lists no notebooks/{name}; it lists {', '.join(order)}"
             )
     chapters = [Chapter(root, name) for name in order if not names or name in names]
-    for chapter in chapters:
-        if edited_notebook(chapter):
-            raise BookError(
-                f"notebooks/{chapter.name}.ipynb: edited in the notebook; "
-                f"`make adopt NAME={chapter.name}` carries the edits into "
-                f"book/{chapter.name}.md (nothing was written)"
-            )
-    done = []
-    for chapter in chapters:
-        if export(chapter):
-            done.append(f"albor/{chapter.name}.py: exported")
+    edited = [chapter.name for chapter in chapters if edited_notebook(chapter)]
+    if edited:
+        lines = [
+            f"notebooks/{name}.ipynb: edited in the notebook; `make adopt "
+            f"NAME={name}` carries the edits into book/{name}.md"
+            for name in edited
+        ]
+        raise BookError("\n".join([*lines, "Nothing was written."]))
+    modules = [(chapter, exported(chapter)) for chapter in chapters]
+    for chapter, text in modules:
+        if text is not None and write_atomically(chapter.module_path, text):
+            yield f"albor/{chapter.name}.py: exported"
     for chapter in chapters:
         fresh = is_fresh(chapter)
         notebook = assemble(chapter, chapter.stored if fresh else execute(chapter))
         refuse_leaks(chapter, notebook)
         if write_atomically(chapter.notebook_path, as_text(notebook)):
-            verb = "text carried over" if fresh else "executed"
-            done.append(f"notebooks/{chapter.name}.ipynb: {verb}")
-    return done
+            verb = "brought in line with its text" if fresh else "executed"
+            yield f"notebooks/{chapter.name}.ipynb: {verb}"
 
 
 def adopt(root: Path, name: str) -> str:
@@ -247,8 +248,8 @@ def adopt(root: Path, name: str) -> str:
     text = (chapter.header if exists else written[: -len(body)]) + body
     if cells_hash(jupytext.reads(text, fmt=MYST)) != cells_hash(stored):
         raise BookError(
-            f"notebooks/{name}.ipynb: its cells do not survive the way through text; "
-            f"carry the edit into book/{name}.md by hand"
+            f"notebooks/{name}.ipynb: its cells do not survive as text; "
+            f"carry the edits into book/{name}.md by hand"
         )
     if exists and cells_hash(chapter.source) != record(stored).get("cells"):
         aside = root / "_build" / "adopt" / f"{name}.md"
