@@ -1,0 +1,27 @@
+"""What every test and every notebook cell runs under, with no flag to remember."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent
+
+# Notebook kernels inherit this. "auto" means the CPU recipe, also where a GPU is.
+os.environ["ALBOR_TEST"] = "1"
+# The package under test is the one beside this file, wherever another is installed.
+PATHS = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(path for path in PATHS if path)
+# A backend set for scripts would keep the figures out of the notebooks' outputs.
+os.environ.pop("MPLBACKEND", None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set nbval's options, so that plain `pytest --nbval` is the whole command."""
+    if hasattr(config.option, "nbval"):
+        config.option.nbval_current_env = True
+        if config.option.nbval_sanitize_with is None:
+            config.option.nbval_sanitize_with = str(ROOT / "tests" / "sanitize.cfg")
+        # nbval would measure coverage inside its kernels as well. A chapter runs its
+        # own cells, not its module, so only what tests/ reach counts.
+        config.option.cov_source = None
