@@ -22,6 +22,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.nbval_current_env = True
         if config.option.nbval_sanitize_with is None:
             config.option.nbval_sanitize_with = str(ROOT / "tests" / "sanitize.cfg")
-        # nbval would measure coverage inside its kernels as well. A chapter runs its
-        # own cells, not its module, so only what tests/ reach counts.
+        # nbval would measure coverage inside its kernels as well. A chapter runs
+        # its own cells, not its module, so only what tests/ reach counts.
         config.option.cov_source = None

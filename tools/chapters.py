@@ -29,6 +29,18 @@ from nbformat import NotebookNode
 
 PACKAGE = "albor"
 MYST = {"extension": ".md", "format_name": "myst"}
+HEADER = """\
+---
+jupytext:
+  text_representation:
+    extension: .md
+    format_name: myst
+kernelspec:
+  display_name: Python 3
+  language: python
+  name: python3
+---
+"""
 # What JupyterLab notes about the display of a cell; no part of the chapter.
 DISPLAY_KEYS = {"collapsed", "scrolled", "trusted", "execution", "ExecuteTime"}
 DISPLAY_KEYS |= {"jp-MarkdownHeadingCollapsed", "jupyter", "editable", "deletable"}
@@ -142,18 +154,17 @@ def alt_text(cell: NotebookNode) -> str:
     return node.strip() if isinstance(node, str) else ""
 
 
-def plain_python(source: str) -> str:
-    """A cell without IPython's own syntax, so that `ast` can read it."""
-    return TransformerManager().transform_cell(source)
-
-
 def parse(source: str, place: str) -> ast.Module:
+    """The syntax tree of a cell, which may use IPython's own syntax."""
     try:
-        return ast.parse(plain_python(source))
+        return ast.parse(source)
+    except SyntaxError:
+        plain = TransformerManager().transform_cell(source)
+    try:
+        return ast.parse(plain)
     except SyntaxError as error:
         raise BookError(
-            f"{place}: not Python ({error.msg}, line {error.lineno} of the cell); "
-            "mend the cell"
+            f"{place}: not Python ({error.msg}, line {error.lineno}); mend it"
         ) from error
 
 
@@ -217,14 +228,12 @@ def imported_names(tree: ast.AST) -> set[str]:
             )
             deeper = {f"{base}.{alias.name}" for alias in node.names}
             names |= deeper if base == PACKAGE else {base}
-        elif isinstance(node, ast.Call) and node.args:
+        elif isinstance(node, ast.Call):
             called = ast.unparse(node.func).split(".")[-1]
-            first = node.args[0]
-            if called in ("import_module", "__import__") and isinstance(
-                first, ast.Constant
-            ):
-                name = str(first.value)
-                names.add(PACKAGE * name.startswith(".") + name)
+            for value in [*node.args, *(word.value for word in node.keywords)][:1]:
+                if called in ("import_module", "__import__"):
+                    name = str(getattr(value, "value", ""))
+                    names.add(PACKAGE * name.startswith(".") + name)
     return names
 
 

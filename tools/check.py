@@ -31,7 +31,10 @@ from tools.keep import as_text, assemble, record
 from tools.leaks import leaks
 
 MODULE_LINES = 300
-LOOKS_AHEAD = "tour"
+LOOKS_AHEAD = "tour"  # the one chapter that may import later ones
+# Tags that leave a cell out; nbval takes its own from comments too.
+SKIPS = {"nbval-skip", "skip-execution"}
+COMMENTS = ("NBVAL_", "PYTEST_VALIDATE_IGNORE_OUTPUT")
 
 
 def check(root: Path) -> list[str]:
@@ -55,41 +58,36 @@ def check_project(root: Path) -> Iterator[str]:
     entries, order = toc_entries(root), chapter_names(root)
     for entry in entries:
         path = root / entry
-        if path.parent.name == "notebooks":
-            path = root / "book" / path.name
-        if not path.with_suffix(".md").exists():
-            yield (
-                f"_toc.yml: lists {entry}, but book/{path.name}.md does not exist; "
-                "write it or take the line out"
-            )
+        text = (
+            root / "book" / path.name if path.parent.name == "notebooks" else path
+        )
+        if not text.with_suffix(".md").exists():
+            name = text.relative_to(root).with_suffix(".md").as_posix()
+            yield f"_toc.yml: lists {entry}, but there is no {name}; write it"
     for entry in sorted({entry for entry in entries if entries.count(entry) > 1}):
         yield f"_toc.yml: lists {entry} more than once; keep one line"
     for path in sorted((root / "book").glob("*.md")):
         is_chapter = "\njupytext:" in path.read_text(encoding="utf-8")[:200]
         entry = f"{'notebooks' if is_chapter else 'book'}/{path.stem}"
         if entry not in entries:
-            yield f"book/{path.name}: not in _toc.yml; add a line `- file: {entry}`"
+            yield f"book/{path.name}: not in _toc.yml; add `- file: {entry}` there"
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         if path.stem not in order:
             yield (
-                f"notebooks/{path.name}: no chapter of _toc.yml; `make adopt "
-                f"NAME={path.stem}` makes a text of it to list, or delete it"
+                f"notebooks/{path.name}: no chapter of _toc.yml; list its text "
+                f"there (`make adopt NAME={path.stem}` makes one), or delete it"
             )
     for path in sorted((root / PACKAGE).rglob("*.py")):
         name = path.relative_to(root / PACKAGE).as_posix()
-        if name == "__init__.py":
-            continue
-        text = root / "book" / f"{path.stem}.md"
-        tagged = text.exists() and "export" in text.read_text(encoding="utf-8")
-        if name != f"{path.stem}.py" or path.stem not in order or not tagged:
+        if name != "__init__.py" and name.removesuffix(".py") not in order:
             yield f"{PACKAGE}/{name}: exported by no chapter; delete it"
     init = root / PACKAGE / "__init__.py"
     body = ast.parse(init.read_text(encoding="utf-8") if init.exists() else "").body
-    rest = [ast.unparse(statement).split("=")[0].strip() for statement in body[1:]]
-    if not body or not isinstance(body[0], ast.Expr) or rest != ["__version__"]:
+    held = [ast.unparse(statement).split(" = ")[0] for statement in body]
+    if held[1:] != ["__version__"] or not isinstance(body[0], ast.Expr):
         yield (
-            f"{PACKAGE}/__init__.py: must hold a docstring and __version__ alone; "
-            "move the rest into a chapter"
+            f"{PACKAGE}/__init__.py: holds more or less than a docstring and "
+            "__version__; the rest belongs in a chapter"
         )
 
 
@@ -101,40 +99,36 @@ def check_text(chapter: Chapter, order: list[str]) -> Iterator[str]:
         place = chapter.place(cell)
         tree = parse(cell.source, place)
         for name in sorted(imported_modules(tree) - {"__init__", *earlier}):
+            what = f"{place}: imports {PACKAGE}.{name}"
             if name == chapter.name:
-                yield (
-                    f"{place}: imports {PACKAGE}.{name}, its own module; "
-                    "use the names of the chapter's cells"
-                )
+                yield f"{what}, its own module; use the names that its cells define"
             elif name not in order:
-                yield f"{place}: imports {PACKAGE}.{name}, which no chapter exports"
+                yield f"{what}, which no chapter exports; mend the name"
             elif chapter.name != LOOKS_AHEAD:
-                yield (
-                    f"{place}: imports {PACKAGE}.{name}, a later chapter in _toc.yml; "
-                    "do without it, or change the order"
-                )
+                yield f"{what}, a later chapter in _toc.yml; do without it here"
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
-                yield f"{place}: wildcard import from {node.module}; name what is used"
+                yield f"{place}: import * from {node.module}; name what is used"
         for number, line in enumerate(cell.source.split("\n")):
+            where = chapter.place(cell, number)
             if len(line) > LINE_LENGTH:
-                place_of_line = chapter.place(cell, number)
-                yield f"{place_of_line}: {len(line)} columns; {LINE_LENGTH} is the most"
-        if "nbval-skip" in tags(cell):
-            yield f"{place}: tagged nbval-skip; every cell is tested, take it off"
-        if "nbval-ignore-output" in tags(cell) and not (
-            asserts(cell, chapter) or (following and asserts(following, chapter))
-        ):
+                yield f"{where}: {len(line)} columns; {LINE_LENGTH} is the most"
+            if line.lstrip("# ").startswith(COMMENTS) and "#" in line:
+                yield f"{where}: a comment that steers nbval; use a tag"
+        for tag in sorted(SKIPS & set(tags(cell))):
+            yield f"{place}: tagged {tag}; every cell is tested, take it off"
+        near = [cell, following] if following else [cell]
+        if "nbval-ignore-output" in tags(cell) and not any(map(asserts, near)):
             yield (
-                f"{place}: tagged nbval-ignore-output with no assert there or in the "
-                "next code cell; assert what must hold"
+                f"{place}: tagged nbval-ignore-output, with no assert there or in "
+                "the next code cell; assert what must hold"
             )
 
 
-def asserts(cell: NotebookNode, chapter: Chapter) -> bool:
-    """Does the cell assert: by statement, or by a call such as `assert_close(...)`?"""
-    nodes = list(ast.walk(parse(cell.source, chapter.place(cell))))
-    calls = [ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)]
+def asserts(cell: NotebookNode) -> bool:
+    """Does the cell assert, by statement or by a call such as `assert_close`?"""
+    nodes = list(ast.walk(parse(cell.source, "a cell")))
+    calls = [ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)]
     return any(isinstance(node, ast.Assert) for node in nodes) or any(
         call.split(".")[-1].startswith("assert") for call in calls
     )
@@ -144,6 +138,7 @@ def check_module(chapter: Chapter, order: list[str]) -> Iterator[str]:
     """The exported module against the chapter."""
     text, path = exported(chapter), f"{PACKAGE}/{chapter.name}.py"
     there = chapter.module_path.exists()
+    held = chapter.module_path.read_text("utf-8") if there else None
     if text is None and there:
         yield f"{path}: its chapter exports nothing; delete it"
     elif text is not None and not there:
@@ -152,46 +147,43 @@ def check_module(chapter: Chapter, order: list[str]) -> Iterator[str]:
         text is not None and chapter.module_path.read_text(encoding="utf-8") != text
     ):
         yield (
-            f"{path}: stale, or edited by hand: not what book/{chapter.name}.md "
+            f"{path}: stale or edited by hand, not what book/{chapter.name}.md "
             "exports; edit the chapter, then run `make notebooks`"
         )
     lines = len((text or "").splitlines())
     if lines > MODULE_LINES:
-        yield f"{path}: {lines} lines, over {MODULE_LINES}; split the chapter"
+        yield f"{path}: {lines} lines; {MODULE_LINES} is the most, split the chapter"
 
 
 def check_twin(chapter: Chapter, order: list[str]) -> Iterator[str]:
     """The notebook against the text, and the three hashes."""
     stored, path = chapter.stored, f"notebooks/{chapter.name}.ipynb"
-    if stored is None:
-        yield f"{path}: missing; run `make notebooks`"
-        return
-    kept, written, found = (
-        record(stored),
-        cells_hash(chapter.source),
-        cells_hash(stored),
-    )
     mend = "run `make notebooks`"
+    if stored is None:
+        yield f"{path}: missing; {mend}"
+        return
+    kept, code = record(stored), code_hash(chapter)
+    written, found = cells_hash(chapter.source), cells_hash(stored)
     if found not in (written, kept.get("cells")):
         yield (
-            f"{path}: edited in the notebook; `make adopt NAME={chapter.name}` carries "
-            "the edits into the text"
+            f"{path}: edited in the notebook; `make adopt NAME={chapter.name}` "
+            "carries the edits into the text"
         )
         return
-    if kept.get("outputs") != outputs_hash(stored):
-        yield f"{path}: an output was edited, or run outside the keeper; {mend}"
     if found != written:
         yield f"{path}: stale twin of book/{chapter.name}.md; {mend}"
-    elif kept.get("code") != code_hash(chapter):
-        yield f"{path}: stale: something that it imports or reads has changed; {mend}"
-    elif kept.get("outputs") == outputs_hash(stored):
+    elif kept.get("code") != code:
+        yield f"{path}: stale, for what it imports or reads has changed; {mend}"
+    if kept.get("outputs") != outputs_hash(stored):
+        yield f"{path}: its outputs are not as the keeper's run left them; {mend}"
+    elif found == written and kept.get("code") == code:
         on_disk = chapter.notebook_path.read_text(encoding="utf-8")
-        if on_disk != as_text(assemble(chapter, stored)):
+        if on_disk != as_text(assemble(chapter, stored, code)):
             yield f"{path}: not as the keeper writes it; {mend}"
 
 
 def check_outputs(chapter: Chapter, order: list[str]) -> Iterator[str]:
-    """What the notebook shows: every cell run, no error, no leak, no mute picture."""
+    """What the notebook shows: all run, no error, no leak, pictures in words."""
     for cell in code_cells(chapter.stored) if chapter.stored else []:
         place = f"notebooks/{chapter.name}.ipynb ({chapter.place(cell)})"
         if cell.execution_count is None and cell.source.strip():
@@ -199,17 +191,17 @@ def check_outputs(chapter: Chapter, order: list[str]) -> Iterator[str]:
         kinds = {output.output_type for output in cell.outputs}
         if "error" in kinds and "raises-exception" not in tags(cell):
             yield (
-                f"{place}: an error output; mend the cell, or tag it raises-exception "
-                "if the error is the lesson"
+                f"{place}: an error output; mend the cell, or tag it "
+                "raises-exception if the error is the lesson"
             )
         for leak in leaks(cell, chapter.root):
             yield (
-                f"{place}: the output holds {leak!r}, which differs from machine to "
-                "machine; print something else"
+                f"{place}: the output holds {leak!r}, which differs from machine "
+                "to machine; print something else"
             )
         data = [kind for output in cell.outputs for kind in output.get("data", {})]
         if any(kind.startswith("image/") for kind in data) and not alt_text(cell):
             yield (
                 f"{place}: a picture without alt text; say what it shows in the "
-                "cell's metadata, mystnb: image: alt"
+                "cell's metadata, under mystnb: image: alt"
             )

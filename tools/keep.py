@@ -26,6 +26,7 @@ from nbclient.exceptions import (
 from nbformat import NotebookNode
 
 from tools.chapters import (
+    HEADER,
     MYST,
     BookError,
     Chapter,
@@ -50,17 +51,9 @@ LANGUAGE = {
 }
 
 
-def record(notebook: NotebookNode) -> dict[str, str]:
-    return notebook.metadata.get("albor", {})
-
-
-def is_fresh(chapter: Chapter) -> bool:
-    """Do the stored outputs belong to this code, untouched since the kernel ran?"""
-    stored = chapter.stored
-    if stored is None:
-        return False
-    now = {"code": code_hash(chapter), "outputs": outputs_hash(stored)}
-    return now.items() <= dict(record(stored)).items()
+def record(notebook: NotebookNode | None) -> dict[str, str]:
+    """The hashes that the keeper left in the notebook."""
+    return dict(notebook.metadata.get("albor", {})) if notebook else {}
 
 
 def edited_notebook(chapter: Chapter) -> bool:
@@ -99,11 +92,10 @@ def clean_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookNode]
     return clean
 
 
-def assemble(chapter: Chapter, outputs_from: NotebookNode | None) -> NotebookNode:
-    """The notebook as stored: cells of the text, outputs of `outputs_from`."""
+def assemble(chapter: Chapter, ran: NotebookNode, code: str) -> NotebookNode:
+    """The notebook as stored: cells of the text, outputs of `ran`, three hashes."""
     source = nbformat.from_dict(chapter.source)
-    outputs = source if outputs_from is None else nbformat.from_dict(outputs_from)
-    joined = combine_inputs_with_outputs(source, outputs, fmt=MYST)
+    joined = combine_inputs_with_outputs(source, nbformat.from_dict(ran), fmt=MYST)
     metadata = {"kernelspec": KERNEL, "language_info": LANGUAGE}
     extra = set(source.metadata) - {
         "jupytext",
@@ -123,14 +115,14 @@ def assemble(chapter: Chapter, outputs_from: NotebookNode | None) -> NotebookNod
         made = nbformat.from_dict(cell)
         made.id = key if seen[key] == 1 else f"{key}-{seen[key]}"
         if cell.cell_type == "code":
-            ran = bool(cell.source.strip()) and written.execution_count is not None
-            count += ran
-            made.execution_count = count if ran else None
-            made.outputs = clean_outputs(written.outputs, count) if ran else []
+            run = bool(cell.source.strip()) and written.execution_count is not None
+            count += run
+            made.execution_count = count if run else None
+            made.outputs = clean_outputs(written.outputs, count) if run else []
         notebook.cells.append(made)
     notebook.metadata["albor"] = {
         "cells": cells_hash(notebook),
-        "code": code_hash(chapter),
+        "code": code,
         "outputs": outputs_hash(notebook),
     }
     return notebook
@@ -148,6 +140,8 @@ def execute(chapter: Chapter) -> NotebookNode:
     folder.mkdir(exist_ok=True)
     paths = [str(chapter.root), os.environ.get("PYTHONPATH", "")]
     search = os.pathsep.join(path for path in paths if path)
+    environment = {**os.environ, "ALBOR_TEST": "1", "PYTHONPATH": search}
+    environment.pop("MPLBACKEND", None)  # it would keep figures out of the outputs
     client = NotebookClient(
         notebook,
         timeout=SECONDS_PER_CELL,
@@ -159,7 +153,6 @@ def execute(chapter: Chapter) -> NotebookNode:
     current = [notebook.cells[0]]
     client.on_cell_start = lambda cell, cell_index: current.__setitem__(0, cell)
     try:
-        environment = os.environ | {"ALBOR_TEST": "1", "PYTHONPATH": search}
         client.execute(env=environment)
     except CellTimeoutError as error:
         raise BookError(
@@ -213,8 +206,11 @@ def keep(root: Path, names: list[str]) -> Iterator[str]:
         if text is not None and write_atomically(chapter.module_path, text):
             yield f"albor/{chapter.name}.py: exported"
     for chapter in chapters:
-        fresh = is_fresh(chapter)
-        notebook = assemble(chapter, chapter.stored if fresh else execute(chapter))
+        code, stored = code_hash(chapter), chapter.stored
+        now = {"code": code, "outputs": outputs_hash(stored) if stored else ""}
+        fresh = now.items() <= record(stored).items()
+        ran = stored if stored and fresh else execute(chapter)
+        notebook = assemble(chapter, ran, code)
         refuse_leaks(chapter, notebook)
         if write_atomically(chapter.notebook_path, as_text(notebook)):
             verb = "brought in line with its text" if fresh else "executed"
@@ -240,12 +236,12 @@ def adopt(root: Path, name: str) -> str:
     for cell in edits.cells:
         cell.source = cell.source.strip("\n").rstrip()
     edits.metadata = nbformat.from_dict(
-        {"kernelspec": KERNEL, "language_info": LANGUAGE, "jupytext": {}}
+        {"kernelspec": KERNEL, "language_info": LANGUAGE}
     )
+    exists = chapter.text_path.exists()
     written = jupytext.writes(edits, fmt=MYST)
     body = written.removeprefix("---\n").partition("\n---\n")[2]
-    exists = chapter.text_path.exists()
-    text = (chapter.header if exists else written[: -len(body)]) + body
+    text = (chapter.header if exists else HEADER) + body
     if cells_hash(jupytext.reads(text, fmt=MYST)) != cells_hash(stored):
         raise BookError(
             f"notebooks/{name}.ipynb: its cells do not survive as text; "
@@ -255,10 +251,10 @@ def adopt(root: Path, name: str) -> str:
         aside = root / "_build" / "adopt" / f"{name}.md"
         write_atomically(aside, text)
         raise BookError(
-            f"book/{name}.md: edited too, as was notebooks/{name}.ipynb. The "
-            f"notebook's version now lies as text in _build/adopt/{name}.md: merge "
-            f"what you want into book/{name}.md, then delete notebooks/{name}.ipynb "
-            f"and run `make notebooks`"
+            f"book/{name}.md: edited too, as was notebooks/{name}.ipynb; neither "
+            f"was changed. The notebook's version lies as text in _build/adopt/"
+            f"{name}.md: merge what you want into book/{name}.md, then delete "
+            f"notebooks/{name}.ipynb and run `make notebooks`"
         )
     write_atomically(chapter.text_path, text)
     return (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ def texts(cell: NotebookNode) -> Iterator[str]:
 def leaks(cell: NotebookNode, root: Path) -> list[str]:
     """Machine paths and memory addresses in the outputs of a code cell."""
     here = {str(root.resolve()), str(root), str(Path.home()), tempfile.gettempdir()}
+    here |= {sys.prefix, sysconfig.get_paths()["stdlib"]} - {"/usr"}
     found = []
     for text in texts(cell):
         text = re.sub(r"\x1b\[[0-9;]*m", "", text)

@@ -1,4 +1,4 @@
-"""Start a chapter: a text with the contract's headings, and its place in the order."""
+"""Begin a chapter: a text with the contract's headings, listed in the order."""
 
 from __future__ import annotations
 
@@ -6,20 +6,9 @@ import keyword
 import re
 from pathlib import Path
 
-from tools.chapters import BookError, chapter_names, write_atomically
+from tools.chapters import HEADER, BookError, chapter_names, write_atomically
 
 SKELETON = '''\
----
-jupytext:
-  text_representation:
-    extension: .md
-    format_name: myst
-kernelspec:
-  display_name: Python 3
-  language: python
-  name: python3
----
-
 # {title}
 
 *The question that this chapter answers, in one sentence?*
@@ -39,7 +28,10 @@ A toy with numbers small enough to check on paper.
 ```{{code-cell}} ipython3
 :tags: [export]
 
-"""{title}: what this module is, and what is notable about it."""
+"""{title}.
+
+What this module is, and what is notable about it.
+"""
 ```
 
 ```{{code-cell}} ipython3
@@ -48,9 +40,9 @@ A toy with numbers small enough to check on paper.
 
 ## The idea in code
 
-The equation, and beside it the code. Cells tagged `export` become `albor/{name}.py`; a
-class stands whole in one of them. An assertion follows every definition, and one shows
-what is refused.
+The equation, and beside it the code. Cells tagged `export` become
+`albor/{name}.py`; a class stands whole in one of them. An assertion follows every
+definition, and one shows what is refused.
 
 ```{{code-cell}} ipython3
 assert 1 + 1 == 2
@@ -89,20 +81,24 @@ print("the solution, executed")
 
 
 def new(root: Path, name: str, title: str, after: str = "") -> str:
-    """Write `book/NAME.md` and list it after `after` (the last chapter if empty)."""
+    """Write `book/NAME.md`, and list it after `after` (if empty: at the end)."""
     order = chapter_names(root)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise BookError(
             f"{name!r}: not a name for a chapter; it becomes a module, so use "
             "small letters, digits and _"
         )
+    title = title.strip()
     path = root / "book" / f"{name}.md"
     if name in order or path.exists():
         raise BookError(
             f"book/{name}.md: there is such a chapter; choose another name"
         )
-    if not title.strip() or "\n" in title or '"' in title or "\\" in title:
-        raise BookError(f'{title!r}: not a title; give one line without " and \\')
+    if not 0 < len(title) <= 70 or re.search(r'["\\\n]', title):
+        raise BookError(
+            f"{title!r}: not a title; give one line of at most 70 characters "
+            'without " and \\'
+        )
     after = after or (order[-1] if order else "")
     toc = root / "_toc.yml"
     text = toc.read_text(encoding="utf-8")
@@ -112,10 +108,10 @@ def new(root: Path, name: str, title: str, after: str = "") -> str:
     found = line.search(text) if after else None
     if not found:
         raise BookError(
-            f"_toc.yml: no line `- file: notebooks/{after}` to put the chapter after; "
+            f"_toc.yml: no line `- file: notebooks/{after}` to put it after; "
             f"it lists {', '.join(order) or 'no chapter'}"
         )
     entry = f"\n{found.group(1)}notebooks/{name}"
-    write_atomically(path, SKELETON.format(name=name, title=title.strip()))
+    write_atomically(path, HEADER + "\n" + SKELETON.format(name=name, title=title))
     write_atomically(toc, text[: found.end()] + entry + text[found.end() :])
     return f"book/{name}.md: begun; in _toc.yml it stands after {after}"
