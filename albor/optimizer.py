@@ -1,4 +1,4 @@
-"""Learning rate, AdamW and gradient clipping: all that turns gradients into updates.
+"""Learning rate, AdamW, gradient clipping: what turns gradients into updates.
 
 Notable:
 - the schedule is a pure function of the step; its horizon is the run's real length
@@ -29,19 +29,19 @@ def lr_at(
 ) -> float:
     """The learning rate of update number `step`; the first update is number 0.
 
-    `peak` is the highest rate, `max_steps` the number of updates that the run really
-    makes, `min_ratio * peak` the floor, reached exactly at the last update.
+    `peak` is the highest rate, `max_steps` the number of updates that the run will
+    really make, `min_ratio * peak` the floor, reached exactly at the last update.
     """
     if scheduler not in ("cosine", "constant"):
         raise ValueError(
-            f"scheduler is {scheduler!r}; use 'cosine', or 'constant' for warm-up alone"
+            f"scheduler is {scheduler!r}; use 'cosine' or 'constant' (only warm-up)"
         )
     if step < 0 or max_steps < 1 or not 0 <= warmup_steps <= max_steps:
         raise ValueError(
-            "need step >= 0, max_steps >= 1 and 0 <= warmup_steps <= max_steps, got "
+            "need step >= 0, max_steps >= 1, 0 <= warmup_steps <= max_steps; got "
             f"step={step}, max_steps={max_steps}, warmup_steps={warmup_steps}"
         )
-    # 1. Warm-up: a straight line, never zero, at its top on the last warm-up update.
+    # 1. Warm-up: a straight line, never zero, at the peak on its last update.
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     # 2. A constant rate stays at the peak.
@@ -61,10 +61,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Sort the trainable parameters into a decayed and an undecayed group.
 
-    `decay="matrices"` decays the tensors with two dimensions: projections, and the
-    embedding, which is the output matrix too. `decay="all"` decays everything, as the
-    model card does. Each group holds `(name, parameter)` pairs, a form that
-    `torch.optim` takes; a tied tensor appears once, and an empty group not at all.
+    `decay="matrices"` decays what has two dimensions: the projections, and the
+    embedding, which is the output matrix too. `decay="all"` decays everything, as
+    the model card does. Each group holds `(name, parameter)` pairs, a form that
+    `torch.optim` takes; a tied tensor appears once, an empty group not at all.
     """
     if decay not in ("matrices", "all"):
         raise ValueError(f"decay is {decay!r}; use 'matrices' or 'all'")
@@ -83,11 +83,11 @@ def parameter_groups(
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`, every hyper-parameter taken from `config`.
 
-    The fused kernel reads and writes each weight and its two moments once per update,
-    where the default makes a pass over memory for every arithmetic operation.
+    The fused kernel reads and writes a weight and its moments once an update; the
+    default makes a pass over memory for every arithmetic operation.
     """
     if config.name != "adamw":
-        raise ValueError(f"optimizer.name is {config.name!r}; 'adamw' is the only one")
+        raise ValueError(f"optimizer.name is {config.name!r}; write 'adamw'")
     groups = parameter_groups(model, config.weight_decay, config.decay)
     devices = {p.device.type for group in groups for _, p in group["params"]}
     return torch.optim.AdamW(
@@ -100,21 +100,23 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 @torch.no_grad()
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Shrink all gradients by one factor so that their joint norm is at most `max_norm`.
+def clip_by_global_norm(
+    parameters: Iterable[nn.Parameter], max_norm: float
+) -> Tensor:
+    """Shrink all gradients by one factor, to a joint norm of at most `max_norm`.
 
-    Returns the norm from before, a scalar on the gradients' device; nothing here reads
-    it back, so nothing waits. `math.inf` measures and never clips. If the norm is not
-    finite the gradients stay as they are: look at it, and do not step.
+    Returns the norm from before, a scalar on the gradients' device; nothing here
+    reads it back, so nothing waits. `math.inf` measures and never clips. A norm that
+    is not finite leaves the gradients as they are: look at it, and do not step.
     """
     if not max_norm > 0:
         raise ValueError(
-            f"max_norm is {max_norm}; it must be above 0 (math.inf: measure, never clip)"
+            f"max_norm is {max_norm}, but must be above 0 (math.inf: no clip)"
         )
     parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # The factor is min(1, max_norm / norm). Zero in place of a norm that is not finite
-    # makes it 1, decided on the device.
+    # The factor is min(1, max_norm / norm). Zero in place of a norm that is not
+    # finite makes it 1, decided on the device.
     usable = torch.where(torch.isfinite(norm), norm, torch.zeros_like(norm))
     clip_grads_with_norm_(parameters, max_norm, usable)
     return norm
