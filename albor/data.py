@@ -86,60 +86,6 @@ def write_split(
     }
 
 
-def intact(folder: Path, inputs: dict[str, Any]) -> bool:
-    """True if `folder` was made from `inputs` and its files have their SHA-256."""
-    try:
-        meta = read_json(folder / "meta.json")
-        return meta["inputs"] == inputs and all(
-            sha256_file(folder / name) == recorded
-            for split in ("train", "val")
-            for name, recorded in meta["splits"][split]["sha256"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def prepare(corpus: Corpus, tokenizer: Tokenizer, folder: str | Path) -> Path:
-    """Write the corpus as token files and return their folder, `folder/DIGEST`.
-
-    DIGEST comes from the corpus, the tokenizer and the format. An intact folder of
-    that name is reused; anything else under that is made again. The work is done
-    in a temporary folder, renamed at the end: what has the name is complete.
-    """
-    if tokenizer.vocab_size > 2**16:
-        raise DataError(
-            f"a vocabulary of {tokenizer.vocab_size:,} does not fit 16-bit tokens, "
-            f"which count to {2**16:,}; train a smaller tokenizer"
-        )
-    inputs = {
-        "format": FORMAT,
-        "corpus": corpus.digest,
-        "tokenizer": tokenizer.digest,
-        "vocab_size": tokenizer.vocab_size,
-    }
-    name = digest(inputs)[:16]
-    target = Path(folder) / name
-    if intact(target, inputs):
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-    try:
-        splits = {
-            "train": write_split(corpus.train, tokenizer, work, "train"),
-            "val": write_split(corpus.val, tokenizer, work, "val"),
-        }
-        write_json(work / "meta.json", {"inputs": inputs, "splits": splits})
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(work, target)
-    except OSError:
-        if not intact(target, inputs):  # unless another process was faster
-            raise
-    finally:
-        for leftover in target.parent.glob(f".{name}-*"):  # ours, or a killed run's
-            shutil.rmtree(leftover, ignore_errors=True)
-    return target
-
-
 @dataclass(frozen=True, eq=False)
 class TokenFile:
     """One split of a prepared folder: a read-only, memory-mapped token stream."""
@@ -201,12 +147,57 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def document(self, i: int) -> list[int]:
-        """Tokens of document i, without its closing `</s>`."""
-        if not 0 <= i < len(self.starts) - 1:
-            raise DataError(f"{self.path}: document {i} of {len(self.starts) - 1}")
-        first, last = int(self.starts[i]), int(self.starts[i + 1]) - 1
-        return self.tokens[first:last].tolist()
+
+def intact(folder: Path) -> bool:
+    """True if both splits are there, of this name's inputs, with their SHA-256."""
+    try:
+        for split in ("train", "val"):
+            TokenFile.open(folder / f"{split}.bin", verify=True)
+    except (DataError, OSError):
+        return False
+    return True
+
+
+def prepare(corpus: Corpus, tokenizer: Tokenizer, folder: str | Path) -> Path:
+    """Write the corpus as token files and return their folder, `folder/DIGEST`.
+
+    DIGEST comes from the corpus, the tokenizer and the format. An intact folder of
+    that name is reused, a damaged one is made again. The work is done in a temporary
+    folder, which is renamed at the end: what has the name is complete.
+    """
+    if tokenizer.vocab_size > 2**16:
+        raise DataError(
+            f"a vocabulary of {tokenizer.vocab_size:,} does not fit 16-bit tokens, "
+            f"which count to {2**16:,}; train a smaller tokenizer"
+        )
+    inputs = {
+        "format": FORMAT,
+        "corpus": corpus.digest,
+        "tokenizer": tokenizer.digest,
+        "vocab_size": tokenizer.vocab_size,
+    }
+    name = digest(inputs)[:16]
+    target = Path(folder) / name
+    if intact(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        splits = {
+            "train": write_split(corpus.train, tokenizer, work, "train"),
+            "val": write_split(corpus.val, tokenizer, work, "val"),
+        }
+        write_json(work / "meta.json", {"inputs": inputs, "splits": splits})
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(work, target)
+    except OSError:
+        if not intact(target):  # unless another process was faster
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    for leftover in target.parent.glob(f".{name}-*"):  # a killed run's
+        shutil.rmtree(leftover, ignore_errors=True)
+    return target
 
 
 class Batches:
@@ -240,15 +231,13 @@ class Batches:
                 "seq_len and batch_size start at 1, seed is in 0 .. 2**64 - 1; got "
                 f"seq_len={seq_len}, batch_size={batch_size}, seed={seed}"
             )
-        if rows not in ("pack", "truncate"):
-            raise DataError(f"rows must be 'pack' or 'truncate', got {rows!r}")
-        if rows == "truncate" and row_tokens < seq_len:
+        self.stride = {"pack": seq_len, "truncate": row_tokens}.get(rows, 0)
+        if self.stride < seq_len:
             raise DataError(
-                f"a row of {row_tokens} tokens cannot be cut to seq_len={seq_len}; "
-                "lower seq_len or use rows='pack'"
+                "rows must be 'pack', or 'truncate' with row_tokens of at least "
+                f"seq_len={seq_len}; got {rows!r} with row_tokens={row_tokens}"
             )
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        self.stride = seq_len if rows == "pack" else row_tokens
         whole_rows = len(self.stream) // self.stride
         with_a_target = (len(self.stream) - seq_len - 1) // self.stride + 1
         self.sequences = max(0, min(whole_rows, with_a_target))
