@@ -34,6 +34,7 @@ from tools.chapters import (
     chapter_names,
     code_cells,
     code_hash,
+    digest,
     outputs_hash,
     write_atomically,
 )
@@ -217,6 +218,26 @@ def keep(root: Path, names: list[str]) -> Iterator[str]:
             yield f"notebooks/{chapter.name}.ipynb: {verb}"
 
 
+FENCE = re.compile(r"^(`{3,})\{code-cell\}.*?^\1$", re.MULTILINE | re.DOTALL)
+
+
+def as_written(text: str, before: str) -> str:
+    """`text` with each code cell that `before` has too written as it was there."""
+
+    def keys(text: str) -> list[str]:
+        cells = code_cells(jupytext.reads(text, fmt=MYST))
+        return [digest([cell.source, cell.metadata]) for cell in cells]
+
+    fences = [match.group() for match in FENCE.finditer(before)]
+    known, order = keys(before), iter(keys(text))
+    if len(fences) != len(known):
+        return text
+    written = dict(zip(known, fences, strict=True))
+    return FENCE.sub(
+        lambda match: written.get(next(order, ""), match.group()), text
+    )
+
+
 def adopt(root: Path, name: str) -> str:
     """Carry edits made in the notebook into the text; returns what was done."""
     chapter = Chapter(root, name)
@@ -242,6 +263,7 @@ def adopt(root: Path, name: str) -> str:
     written = jupytext.writes(edits, fmt=MYST)
     body = written.removeprefix("---\n").partition("\n---\n")[2]
     text = (chapter.header if exists else HEADER) + body
+    text = as_written(text, chapter.text) if exists else text
     if cells_hash(jupytext.reads(text, fmt=MYST)) != cells_hash(stored):
         raise BookError(
             f"notebooks/{name}.ipynb: its cells do not survive as text; "
