@@ -14,6 +14,7 @@ Shapes: B batch, T time, D width, V vocabulary, N = B * T tokens.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -45,18 +46,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden.device.type,
             torch.promote_types(hidden.dtype, torch.float32),
         )
-        low = (
-            torch.get_autocast_dtype(kind)
-            if torch.is_autocast_enabled(kind)
-            else None
-        )
+        known = torch.amp.is_autocast_available(kind)  # not for "meta" tensors
+        mixed = known and torch.is_autocast_enabled(kind)
+        low = torch.get_autocast_dtype(kind) if mixed else None
         matrix = weight.to(low or weight.dtype)  # (V, D)
         counted = targets != IGNORED
         count = counted.sum()
         loss = hidden.new_zeros((), dtype=wide)
         d_hidden = torch.empty_like(hidden) if grad else None
         d_weight = torch.zeros_like(weight, dtype=wide) if grad else None
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(kind, enabled=False) if mixed else nullcontext():
             for i in range(0, len(hidden), chunk):
                 rows = hidden[i : i + chunk].to(matrix.dtype)  # (n, D)
                 keep = counted[i : i + chunk, None].to(wide)  # (n, 1)
