@@ -162,8 +162,8 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, folder: str | Path) -> Path:
     """Write the corpus as token files and return their folder, `folder/DIGEST`.
 
     DIGEST comes from the corpus, the tokenizer and the format. An intact folder of
-    that name is reused, a damaged one is made again. The work is done in a temporary
-    folder, which is renamed at the end: what has the name is complete.
+    that name is reused, a damaged one is made again. It is written in a temporary
+    folder and renamed at the end: what has the name is complete.
     """
     if tokenizer.vocab_size > 2**16:
         raise DataError(
