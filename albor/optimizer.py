@@ -1,3 +1,4 @@
+# Generated from book/optimizer.md: edit the chapter, not this file.
 """Learning rate, AdamW, gradient clipping: what turns gradients into updates.
 
 Notable:
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from albor.config import OptimizerConfig
+
+__all__ = ["build_optimizer", "clip_by_global_norm", "lr_at", "parameter_groups"]
 
 
 def lr_at(
@@ -43,7 +46,7 @@ def lr_at(
         )
     # 1. Warm-up: a straight line, never zero, at the peak on its last update.
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return peak * ((step + 1) / warmup_steps)
     # 2. A constant rate stays at the peak.
     if scheduler == "constant":
         return peak
@@ -53,7 +56,8 @@ def lr_at(
         return floor
     # 4. In between, half a cosine wave runs from the peak down to the floor.
     progress = (step - warmup_steps) / (max_steps - 1 - warmup_steps)
-    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+    share = (1 + math.cos(math.pi * progress)) / 2
+    return share * peak + (1 - share) * floor
 
 
 def parameter_groups(
@@ -106,8 +110,8 @@ def clip_by_global_norm(
     """Shrink all gradients by one factor, to a joint norm of at most `max_norm`.
 
     Returns the norm from before, a scalar on the gradients' device; nothing here
-    reads it back, so nothing waits. `math.inf` measures and never clips. A norm that
-    is not finite leaves the gradients as they are: look at it, and do not step.
+    reads it back, so nothing waits. `math.inf` measures and never clips. If the norm
+    is not finite, the gradients are left alone: look at it, and do not step.
     """
     if not max_norm > 0:
         raise ValueError(

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from albor import artifacts
-from albor.config import ConfigError, ModelConfig, parameter_shapes
 from albor.model import Albor
+from albor.shapes import ConfigError, ModelConfig, parameter_shapes
 from albor.tokenizer import BOS, EOS, PAD, Tokenizer
 
 
