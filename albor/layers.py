@@ -2,21 +2,21 @@
 """The three small layers of a block: RMSNorm, rotary embedding, SwiGLU.
 
 Notable:
-- The computation is Llama's, operation for operation, so that weights and logits can
-  be exchanged with `transformers`.
-- Norms and rotations compute in float32 when their input is narrower, and in float64
-  when it is float64. They give back the input's type.
+- The computation is Llama's, operation for operation, so that weights and logits
+  can be exchanged with `transformers`.
+- Norms and rotations compute in float32 where their input is narrower, and in
+  float64 where it is float64. They give back the type that they got.
 - Nothing here has a bias. The only vector of weights is the norm's.
 
-Shapes: B batch, T time, D width, F width inside the feed-forward network, Dh width of
-a head. A dot stands for any leading dimensions.
+Shapes: B batch, T time, D width, F width inside the feed-forward network, Dh width
+of a head. A dot stands for any leading dimensions.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from albor.config import ModelConfig
+from albor.shapes import ModelConfig
 
 __all__ = ["RMSNorm", "SwiGLU", "apply_rope", "rms_norm", "rope_table"]
 
@@ -47,13 +47,12 @@ class RMSNorm(nn.Module):
 def rope_table(
     head_dim: int, length: int, theta: float, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, (length, head_dim) each, on the CPU.
+    """Cosines and sines of the rotary embedding, (length, Dh) each, on the CPU.
 
-    Coordinate i and coordinate i + head_dim / 2 form a pair. At position t the pair
-    turns by t * theta ** (-2i / head_dim) radians, so both of its columns hold the
-    same angle. Su et al. (2021), https://arxiv.org/abs/2104.09864, section 3.2, with
-    the halves paired as in Llama's checkpoints. In float32 every rounding happens
-    where `transformers` rounds.
+    Coordinate i and coordinate i + Dh / 2 form a pair. At position t the pair turns
+    by t * theta ** (-2i / Dh) radians, so both of its columns hold the same angle.
+    Su et al. (2021), https://arxiv.org/abs/2104.09864, section 3.2, with the halves
+    paired as in Llama's checkpoints. float32 rounds where `transformers` rounds.
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(
@@ -74,10 +73,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     the vectors stay as they were, and so do dot products between equal positions.
     """
     low, high = x.chunk(2, dim=-1)
-    quarter_turn = torch.cat(
-        (-high, low), dim=-1
-    )  # every pair, turned by 90 degrees
-    return (x * cos + quarter_turn * sin).to(x.dtype)  # float32 where cos is
+    quarter_turn = torch.cat((-high, low), dim=-1)  # each pair turned by 90 degrees
+    return (x * cos + quarter_turn * sin).to(x.dtype)  # computed as wide as cos is
 
 
 class SwiGLU(nn.Module):
