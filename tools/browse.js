@@ -2,8 +2,13 @@
 // Evaluated in the page itself, after it has settled.
 
 const look = {
-  // Wait for what arrives after the load event: fonts, formulas, images.
+  // Wait for what arrives after the load event: fonts, formulas, images. Colours are
+  // judged at rest, so nothing may fade from one to the other.
   async settle() {
+    if (!look.still) {
+      look.still = document.head.appendChild(document.createElement("style"));
+      look.still.textContent = "*, ::before, ::after { transition: none !important; animation: none !important; }";
+    }
     if (window.MathJax?.startup?.promise) await MathJax.startup.promise;
     await document.fonts.ready;
     await Promise.all([...document.images].map((image) => image.decode().catch(() => 0)));

@@ -1,7 +1,7 @@
 """Look at the built book in a real browser: `python -m tools.browse`.
 
-Serves the pages on the loopback interface, opens each in headless Chromium through its
-DevTools protocol, and lists what a reader would stumble over:
+Serves the pages on the loopback interface, opens each in headless Chromium through
+its DevTools protocol, and lists what a reader would stumble over:
 
 - a page that does not load, an error on the console, a request that fails or leaves
   this machine, a link to nowhere;
@@ -10,9 +10,9 @@ DevTools protocol, and lists what a reader would stumble over:
 - code of a cell that scrolls sideways on a desktop, more than one search bar;
 - a page wider than a phone, and a search that finds nothing.
 
-It needs Chromium (Debian: `apt install chromium`) and downloads nothing. The pictures
-that it takes lie in `_build/screens`, for people to look at. What it cannot judge is
-whether a page is beautiful, or true.
+It needs Chromium (Debian: `apt install chromium`) and downloads nothing. The
+pictures that it takes lie in `_build/screens`, for people to look at: whether a page
+is beautiful, or true, it cannot judge.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FLAGS = (
     "--disable-sync",
     "--hide-scrollbars",
     "--remote-debugging-port=0",
-    # No name but the loopback address resolves: a page that needs the net fails here.
+    # No name resolves but the loopback address: a page that needs the net fails.
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 )
 DESKTOP = (1440, 900)
@@ -99,7 +99,8 @@ class Browser:
 
     def __init__(self) -> None:
         self.profile = tempfile.mkdtemp(prefix="albor-browse-")
-        command = [find_browser(), *FLAGS, f"--user-data-dir={self.profile}"]
+        self.program = find_browser()
+        command = [self.program, *FLAGS, f"--user-data-dir={self.profile}"]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.append("--no-sandbox")  # Chromium's own cannot be had as root
         self.process = subprocess.Popen(
@@ -131,7 +132,7 @@ class Browser:
         deadline = time.monotonic() + PATIENCE
         while not (written.exists() and "\n" in written.read_text()):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise NoBrowserError(f"{self.process.args} does not start")
+                raise NoBrowserError(f"{self.program} does not start")
             time.sleep(0.05)
         port, path = written.read_text().split("\n")[:2]
         socket = websocket.create_connection(
@@ -219,7 +220,7 @@ class Browser:
 
 
 def traffic(events: list[dict[str, Any]], base: str) -> list[str]:
-    """Faults among the events of one page: console, failed and external requests."""
+    """Faults among a page's events: console, failed and external requests."""
     faults = []
     asked: dict[str, str] = {}
     for event in events:
@@ -246,9 +247,10 @@ def traffic(events: list[dict[str, Any]], base: str) -> list[str]:
                 str(a.get("value", a.get("description"))) for a in what["args"]
             ]
             faults.append(f"console: {' '.join(words)}")
-        elif method == "Log.entryAdded" and what["entry"]["level"] == "error":
-            if what["entry"]["source"] != "network":  # these are listed above
-                faults.append(f"console: {what['entry']['text']}")
+        elif method == "Log.entryAdded":
+            entry = what["entry"]
+            if entry["level"] == "error" and entry["source"] != "network":
+                faults.append(f"console: {entry['text']}")
     return list(dict.fromkeys(faults))
 
 
