@@ -10,9 +10,9 @@ its DevTools protocol, and lists what a reader would stumble over:
 - code of a cell that scrolls sideways on a desktop, more than one search bar;
 - a page wider than a phone, and a search that finds nothing.
 
-It needs Chromium (Debian: `apt install chromium`) and downloads nothing. The
-pictures that it takes lie in `_build/screens`, for people to look at: whether a page
-is beautiful, or true, it cannot judge.
+It needs Chromium (Debian: `apt install chromium`) and downloads nothing. Its pictures
+lie in `_build/screens`, for people to look at: whether a page is beautiful, or true,
+it cannot judge.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The API page: one section for each exported module, in the order of the book.
 
 The page asks for them with `{modules}`, so that a new chapter needs no line there.
-Sphinx reads docstrings as reStructuredText, in which a list needs a blank line before
-it and `x_` is a link; ours are Markdown, and are parsed as Markdown.
+Sphinx reads docstrings as reStructuredText, in which a list needs a blank line
+before it and `x_` is a link; ours are Markdown, and are parsed as Markdown.
 """
 
 from __future__ import annotations
