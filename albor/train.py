@@ -1,0 +1,307 @@
+# Generated from book/train.md: edit the chapter, not this file.
+"""The training loop: take a batch, take a step, write it down, now and then save.
+
+Notable here:
+- `metrics.jsonl` gets one line per optimizer step, before the next step begins;
+- all that decides a step is a function of its number: a run that was killed and
+  resumed ends with the weights of one that was not, bit for bit on a CPU;
+- a step that is not finite ends the run and names step, rows and last good state;
+- Ctrl-C and SIGTERM wait for the end of the step, save, and then do as they should.
+
+The loop takes callables for what it does not own: evaluating, saving, reporting.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from albor.artifacts import append_jsonl, read_jsonl, truncate_jsonl
+from albor.checkpoint import latest_state
+from albor.config import ConfigError, Recipe
+from albor.data import Batches, DataError, TokenFile
+from albor.model import Albor
+from albor.optimizer import lr_at
+from albor.step import StepResult, train_step
+
+__all__ = [
+    "METRICS",
+    "NonFiniteError",
+    "Summary",
+    "evaluate_loss",
+    "metrics_record",
+    "over",
+    "progress_line",
+    "refuse_mismatch",
+    "resume_metrics",
+    "scheduled_rate",
+    "signals_held_back",
+    "train",
+]
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: Albor,
+    tokens: TokenFile | np.ndarray,
+    seq_len: int,
+    *,
+    sequences: int = 0,
+    micro_batch: int = 8,
+    precision: str = "fp32",
+) -> tuple[float, int]:
+    """Mean cross-entropy in nats over rows of `tokens`, and how many it judged.
+
+    The stream is cut every `seq_len` tokens, each row's last target being the next
+    row's first token. Of these rows `sequences` are taken, evenly spaced, the same
+    ones each time; 0 takes all.
+    """
+    stream = tokens.tokens if isinstance(tokens, TokenFile) else tokens
+    rows = (len(stream) - 1) // seq_len
+    if not rows:
+        raise DataError(
+            f"{len(stream)} validation tokens make no row of {seq_len} + 1: "
+            "hold out more text (data.val_bytes) or shorten data.seq_len"
+        )
+    count = min(sequences or rows, rows)
+    chosen = np.arange(count) * rows // count  # evenly spaced, first row included
+    device = next(model.parameters()).device
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for i in range(0, count, micro_batch):
+        places = chosen[i : i + micro_batch, None] * seq_len + np.arange(
+            seq_len + 1
+        )
+        taken = torch.from_numpy(stream[places].astype(np.int64)).to(device)
+        with torch.autocast(device.type, dtype=half) if half else nullcontext():
+            mean = model.loss(taken[:, :-1].contiguous(), taken[:, 1:].contiguous())
+        total += mean.double() * len(places)
+    return float(total) / count, count * seq_len
+
+
+class NonFiniteError(RuntimeError):
+    """A step came out infinite or not a number; it has changed nothing."""
+
+    def __init__(
+        self,
+        step: int,
+        result: StepResult,
+        rows: list[int],
+        last_state: Path | None,
+    ) -> None:
+        self.step, self.rows, self.last_state = step, rows, last_state
+        scale = f", loss scale {result.scale:g}" if result.scale != 1 else ""
+        back = (
+            f"the last good state is {last_state}"
+            if last_state
+            else "none is saved"
+        )
+        super().__init__(
+            f"step {step} is not finite: loss {result.loss}, gradient norm "
+            f"{result.grad_norm}{scale}, on the training rows {rows}. Weights and "
+            f"moments are as they were before it; {back}. Look at those rows, or "
+            "lower optimizer.lr, or use precision fp32"
+        )
+
+
+@contextmanager
+def signals_held_back() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in a list, to be obeyed where it does no damage.
+
+    A second signal interrupts at once. Outside the main thread, where Python allows
+    no handlers, nothing is held back.
+    """
+    came: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    held = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, hold) for number in held}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+METRICS = "metrics.jsonl"
+
+
+def resume_metrics(path: Path, start_step: int) -> None:
+    """Drop what was logged from `start_step` on; refuse a log with gaps before."""
+    if not path.exists():
+        return
+    truncate_jsonl(path, lambda record: record["step"] < start_step)
+    steps = [record["step"] for record in read_jsonl(path)]
+    if steps and steps != list(range(steps[0], start_step)):
+        raise ConfigError(
+            f"{path}: steps from {steps[0]} to {steps[-1]}, with gaps before step "
+            f"{start_step}, at which this run goes on; restore the file"
+        )
+
+
+def progress_line(
+    record: dict[str, Any], max_steps: int, seconds_left: float
+) -> str:
+    """One line of live progress, for people."""
+    done = f"{record['step'] + 1:>{len(str(max_steps))}}/{max_steps}"
+    judged = (
+        f"  validation {record['val_loss']:.3f}" if "val_loss" in record else ""
+    )
+    minutes, seconds = divmod(round(seconds_left), 60)
+    return (
+        f"step {done}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  "
+        f"{minutes}m{seconds:02d}s left{judged}"
+    )
+
+
+def scheduled_rate(recipe: Recipe, step: int) -> float:
+    """The learning rate that a recipe asks for at a step."""
+    plan = recipe.training
+    return lr_at(
+        step,
+        peak=recipe.optimizer.lr,
+        warmup_steps=plan.warmup_steps,
+        max_steps=plan.max_steps,
+        min_ratio=plan.min_lr_ratio,
+        scheduler=plan.lr_scheduler,
+    )
+
+
+def metrics_record(step: int, result: StepResult, lr: float) -> dict[str, Any]:
+    """A line of the log. JSON knows no NaN, so a skipped step has no norm."""
+    return {
+        "step": step,
+        "loss": result.loss,
+        "lr": lr,
+        "grad_norm": result.grad_norm if result.finite else None,
+        "clip": result.clip,
+        "scale": result.scale,
+    }
+
+
+def over(limit: float, seconds: float) -> bool:
+    """Whether `seconds` have reached a limit, of which 0 means none."""
+    return 0 < limit <= seconds
+
+
+def refuse_mismatch(batches: Batches, recipe: Recipe, start_step: int) -> None:
+    """Refuse to train on other batches than the recipe's, or past its end."""
+    end, data = recipe.training.max_steps, recipe.data
+    sequences = data.batch_size * recipe.training.gradient_accumulation
+    if (batches.batch_size, batches.seq_len) != (sequences, data.seq_len):
+        raise ConfigError(
+            f"a batch is {batches.batch_size} x {batches.seq_len} tokens, but the "
+            f"recipe says {sequences} x {data.seq_len}; build Batches from the recipe"
+        )
+    if not 0 <= start_step <= end:
+        raise ConfigError(
+            f"start_step = {start_step}: not in 0 .. max_steps = {end}"
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a call of `train` ended."""
+
+    steps: int  # done since the beginning of the run, earlier calls included
+    finished: bool  # False: `max_minutes` came first
+    tokens: int  # trained on in this call
+    seconds: float  # of this call spent in steps: no saving, no evaluating
+
+
+def train(
+    model: Albor,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    recipe: Recipe,
+    *,
+    output_dir: str | Path,
+    start_step: int = 0,
+    micro_batch: int = 0,
+    precision: str = "fp32",
+    scaler: torch.amp.GradScaler | None = None,
+    evaluate: Callable[[], float] | None = None,
+    save: Callable[[int], object] | None = None,
+    on_log: Callable[[dict[str, Any], float], object] | None = None,
+    save_minutes: float = 5.0,
+    max_minutes: float = 0.0,
+    log_seconds: float = 5.0,
+) -> Summary:
+    """Train from `start_step` to `recipe.training.max_steps`.
+
+    `evaluate()` gives a validation loss, `save(n)` keeps the state after n steps, and
+    `on_log(record, seconds_left)` sees the first step and the last, each evaluation,
+    and a step every `log_seconds`. It saves every `save_interval` steps, every
+    `save_minutes`, and at the end; `max_minutes` of this call end the run early. 0
+    turns any of them off.
+    """
+    plan, metrics = recipe.training, Path(output_dir) / METRICS
+    refuse_mismatch(batches, recipe, start_step)
+    if start_step == plan.max_steps:
+        return Summary(start_step, True, 0, 0.0)
+    resume_metrics(metrics, start_step)
+    model.train()
+    tokens = batches.batch_size * batches.seq_len  # per step
+    began = saved = logged = time.monotonic()
+    spent, spent_then, done_then = 0.0, 0.0, start_step  # seconds in steps alone
+    with signals_held_back() as signals:
+        for step in range(start_step, plan.max_steps):
+            tick = time.monotonic()
+            result = train_step(
+                model,
+                optimizer,
+                *batches.step(step),
+                lr=scheduled_rate(recipe, step),
+                grad_clip=plan.grad_clip,
+                micro_batch=micro_batch,
+                precision=precision,
+                scaler=scaler,
+            )
+            now, done = time.monotonic(), step + 1
+            spent += now - tick
+            if not result.finite and not result.skipped:
+                state = latest_state(output_dir)
+                raise NonFiniteError(step, result, batches.rows_of(step), state)
+            record = metrics_record(step, result, optimizer.param_groups[0]["lr"])
+            record["tokens"] = tokens
+            last = done == plan.max_steps or over(max_minutes * 60, now - began)
+            judge = last or (plan.eval_interval and done % plan.eval_interval == 0)
+            if evaluate and judge and not signals:
+                record["val_loss"] = evaluate()
+            tell = last or step == start_step or "val_loss" in record
+            if tell or over(log_seconds, now - logged):
+                pace = (spent - spent_then) / (done - done_then)  # seconds per step
+                record["tokens_per_second"] = tokens / pace
+                logged, spent_then, done_then = now, spent, done
+                if on_log:
+                    on_log(record, pace * (plan.max_steps - done))
+            append_jsonl(metrics, record)
+            keep = plan.save_interval and done % plan.save_interval == 0
+            keep = keep or last or signals or over(save_minutes * 60, now - saved)
+            if save and keep:
+                with open(metrics, "rb+") as log:
+                    os.fsync(log.fileno())  # no state without its lines in the log
+                save(done)
+                saved = time.monotonic()
+            if last or signals:
+                break
+    if signals:
+        signal.raise_signal(signals[0])  # all is saved: now do as we are told
+    return Summary(
+        done, done == plan.max_steps, (done - start_step) * tokens, spent
+    )
