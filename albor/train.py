@@ -39,7 +39,6 @@ __all__ = [
     "Summary",
     "evaluate_loss",
     "metrics_record",
-    "over",
     "progress_line",
     "refuse_mismatch",
     "resume_metrics",
@@ -194,11 +193,6 @@ def metrics_record(step: int, result: StepResult, lr: float) -> dict[str, Any]:
     }
 
 
-def over(limit: float, seconds: float) -> bool:
-    """Whether `seconds` have reached a limit, of which 0 means none."""
-    return 0 < limit <= seconds
-
-
 def refuse_mismatch(batches: Batches, recipe: Recipe, start_step: int) -> None:
     """Refuse to train on other batches than the recipe's, or past its end."""
     end, data = recipe.training.max_steps, recipe.data
@@ -206,7 +200,7 @@ def refuse_mismatch(batches: Batches, recipe: Recipe, start_step: int) -> None:
     if (batches.batch_size, batches.seq_len) != (sequences, data.seq_len):
         raise ConfigError(
             f"a batch is {batches.batch_size} x {batches.seq_len} tokens, but the "
-            f"recipe says {sequences} x {data.seq_len}; build Batches from the recipe"
+            f"recipe says {sequences} x {data.seq_len}; make them agree"
         )
     if not 0 <= start_step <= end:
         raise ConfigError(
@@ -244,11 +238,11 @@ def train(
 ) -> Summary:
     """Train from `start_step` to `recipe.training.max_steps`.
 
-    `evaluate()` gives a validation loss, `save(n)` keeps the state after n steps, and
-    `on_log(record, seconds_left)` sees the first step and the last, each evaluation,
-    and a step every `log_seconds`. It saves every `save_interval` steps, every
+    `evaluate()` gives a validation loss, `save(n)` keeps the state after n steps,
+    `on_log(record, seconds_left)` sees the first step and the last, evaluations, and
+    a step every `log_seconds`. It saves every `save_interval` steps, every
     `save_minutes`, and at the end; `max_minutes` of this call end the run early. 0
-    turns any of them off.
+    turns any of these off.
     """
     plan, metrics = recipe.training, Path(output_dir) / METRICS
     refuse_mismatch(batches, recipe, start_step)
@@ -279,12 +273,12 @@ def train(
                 raise NonFiniteError(step, result, batches.rows_of(step), state)
             record = metrics_record(step, result, optimizer.param_groups[0]["lr"])
             record["tokens"] = tokens
-            last = done == plan.max_steps or over(max_minutes * 60, now - began)
+            last = done == plan.max_steps or 0 < max_minutes * 60 <= now - began
             judge = last or (plan.eval_interval and done % plan.eval_interval == 0)
             if evaluate and judge and not signals:
                 record["val_loss"] = evaluate()
             tell = last or step == start_step or "val_loss" in record
-            if tell or over(log_seconds, now - logged):
+            if tell or 0 < log_seconds <= now - logged:
                 pace = (spent - spent_then) / (done - done_then)  # seconds per step
                 record["tokens_per_second"] = tokens / pace
                 logged, spent_then, done_then = now, spent, done
@@ -292,13 +286,13 @@ def train(
                     on_log(record, pace * (plan.max_steps - done))
             append_jsonl(metrics, record)
             keep = plan.save_interval and done % plan.save_interval == 0
-            keep = keep or last or signals or over(save_minutes * 60, now - saved)
-            if save and keep:
+            stop = last or bool(signals)
+            if save and (keep or stop or 0 < save_minutes * 60 <= now - saved):
                 with open(metrics, "rb+") as log:
                     os.fsync(log.fileno())  # no state without its lines in the log
                 save(done)
                 saved = time.monotonic()
-            if last or signals:
+            if stop:
                 break
     if signals:
         signal.raise_signal(signals[0])  # all is saved: now do as we are told
