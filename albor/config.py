@@ -243,18 +243,18 @@ def preflight(
     steps, accumulation = plan.max_steps, plan.gradient_accumulation
     together = batch * accumulation
     per_epoch = steps_per_epoch(sequences, batch, accumulation)
-    why = f"x batch_size = {batch} makes {together} sequences per step, there are "
-    why += f"{sequences}; lower one of the two, or add data"
+    why = f"with batch_size = {batch} a step takes {together} sequences, and there "
+    why += f"are only {sequences}; lower one of the two, or add data"
     require(per_epoch > 0, "training.gradient_accumulation", accumulation, why)
     total, needed = plan.epochs * per_epoch, -(-steps // per_epoch)
-    why = (
-        f"x {per_epoch} steps per epoch makes {total} steps of max_steps = {steps}"
-    )
-    why += f"; write epochs: {needed}, or lower max_steps"
+    why = f"{per_epoch} steps per epoch make only {total} of max_steps = {steps}; "
+    why += f"write epochs: {needed}, or lower max_steps"
     require(total >= steps, "training.epochs", plan.epochs, why)
     share, warmup, warnings = plan.warmup_steps / steps, plan.warmup_steps, []
     if 10 * warmup > steps:
-        why = f"{share:.0%} of max_steps = {steps}; 10% is enough, {steps // 10}"
+        why = (
+            f"{share:.0%} of max_steps = {steps}; write {steps // 10} (10%) or less"
+        )
         require(not strict_warmup, "training.warmup_steps", warmup, why)
         warnings.append(f"training.warmup_steps = {warmup}: {why}")
     tokens = together * recipe.data.seq_len

@@ -43,7 +43,9 @@ class ConfigError(ValueError):
 def require(condition: bool, key: str, value: object, why: str) -> None:
     """Raise `ConfigError` "key = value: why" unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{key} = {value!r}: {why}")
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        raise ConfigError(f"{key} = {shown}: {why}")
 
 
 def suggest(word: object, known: Iterable[str]) -> str:
@@ -91,7 +93,8 @@ def check(config: Any) -> None:
             require(type(value) is kind, key, value, mend_type(value, kind))
         if limits := field.metadata:
             low, high = limits["low"], limits["high"]
-            why = f"must be finite and lie in [{low}, {high}]"
+            why = f"must be a finite number, at least {low}"
+            why += f" and at most {high}" if high < math.inf else ""
             require(low <= value <= high and math.isfinite(value), key, value, why)
 
 
