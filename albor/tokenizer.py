@@ -34,6 +34,7 @@ __all__ = [
     "bytes_per_token",
     "check_text",
     "find_fault",
+    "pipeline",
 ]
 
 
@@ -50,8 +51,8 @@ SPECIAL_TOKENS = (
 UNK, BOS, EOS, PAD, FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE = range(7)
 
 # The split pattern of OpenAI's cl100k_base, from tiktoken_ext/openai_public.py of
-# github.com/openai/tiktoken (MIT licence), in its first published form. Later releases
-# write possessive quantifiers; one of them, `{1,3}+`, means "one or more times" to
+# github.com/openai/tiktoken (MIT licence), in its first published form. Later
+# releases write possessive quantifiers; one, `{1,3}+`, means "one or more times" to
 # Oniguruma, the regex engine of `tokenizers`, and would join longer runs of digits.
 SPLIT_PATTERN = "|".join(
     (
@@ -66,8 +67,21 @@ SPLIT_PATTERN = "|".join(
 )
 
 
+def pipeline(pattern: str = SPLIT_PATTERN) -> tokenizers.Tokenizer:
+    """An untrained tokenizer: cut at `pattern`, then write a byte as one letter."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
 class TokenizerError(ValueError):
-    """A text, an id or a file that a tokenizer cannot take; the message says which."""
+    """A text, an id or a file that a tokenizer cannot take; the text says why."""
 
 
 def check_text(text: object, name: str) -> None:
@@ -88,7 +102,7 @@ def check_text(text: object, name: str) -> None:
 
 
 def find_fault(backend: tokenizers.Tokenizer) -> str | None:
-    """What stops `backend` from being a tokenizer of this book; None if all is well."""
+    """What stops `backend` from being a tokenizer of this book, or None."""
     for expected, token in enumerate(SPECIAL_TOKENS):
         found = backend.token_to_id(token)
         if found != expected:
@@ -111,15 +125,15 @@ def find_fault(backend: tokenizers.Tokenizer) -> str | None:
 
 
 class Tokenizer:
-    """A trained byte-level BPE tokenizer.
+    """A trained byte-level BPE tokenizer; make one with `train` or `load`.
 
-    `decode(encode(text)) == text` for every string that has a UTF-8 form. Make one
-    with `train` or `load`. `vocab_size` counts the entries; `digest` is the SHA-256
-    of the `tokenizer.json` that `save` writes.
+    `decode(encode(text)) == text` for every string that has a UTF-8 form.
+    `vocab_size` counts the entries; `digest` is the SHA-256 of the `tokenizer.json`
+    that `save` writes.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        # Not stored in tokenizer.json, so it is set on every load. Without it, "</s>"
+        # Not kept in tokenizer.json, so it is set on every load. Without it, "</s>"
         # inside a text would become the control token with id 2.
         backend.encode_special_tokens = True
         backend.no_truncation()
@@ -138,11 +152,10 @@ class Tokenizer:
         smaller than asked, with a warning that says so.
         """
         smallest = len(SPECIAL_TOKENS) + 256
-        whole = isinstance(vocab_size, int) and not isinstance(vocab_size, bool)
-        if not whole or not smallest <= vocab_size <= 65_536:
+        if type(vocab_size) is not int or not smallest <= vocab_size <= 65_536:
             raise TokenizerError(
-                f"vocab_size={vocab_size!r}: give a whole number from {smallest} "
-                "(256 bytes and 7 control tokens) to 65536 (ids are stored in 16 bits)"
+                f"vocab_size = {vocab_size!r}: give a whole number from {smallest} "
+                "(256 bytes, 7 control tokens) to 65536 (ids are kept in 16 bits)"
             )
         if isinstance(texts, str):
             raise TokenizerError(
@@ -157,14 +170,7 @@ class Tokenizer:
                 seen += len(text)
                 yield text
 
-        backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        backend.decoder = decoders.ByteLevel()
+        backend = pipeline()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
@@ -178,7 +184,7 @@ class Tokenizer:
         tokenizer = cls(backend)
         if tokenizer.vocab_size < vocab_size:
             warnings.warn(
-                f"{tokenizer.vocab_size:,} of {vocab_size:,} entries were learned from "
+                f"{tokenizer.vocab_size:,} of {vocab_size:,} entries came out of "
                 f"{seen:,} characters: no further pair occurs twice. The tokenizer "
                 "works; more text fills it",
                 stacklevel=2,
@@ -202,7 +208,7 @@ class Tokenizer:
             ) from None
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` (for transformers)."""
+        """Write `tokenizer.json`, and `tokenizer_config.json` for transformers."""
         folder = Path(folder)
         with atomic_path(folder / "tokenizer.json") as file:
             file.write_bytes(self._backend.to_str(pretty=True).encode())
@@ -240,7 +246,7 @@ class Tokenizer:
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`: control tokens spelled out, nothing skipped or cleaned.
+        """The text of `ids`: control tokens spelled out, nothing cleaned away.
 
         Ids that stop inside a character give U+FFFD for the bytes that are there.
         """
