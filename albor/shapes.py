@@ -170,7 +170,12 @@ def count_parameters(config: ModelConfig) -> int:
 
 def build(kind: Any, raw: Any, where: str = "") -> Any:
     """Make a `kind` of the mapping `raw`; the dotted `where` precedes its keys."""
-    require(isinstance(raw, dict), where or "recipe", raw, "expected keys below it")
+    require(
+        isinstance(raw, dict),
+        where.rstrip(".") or "recipe",
+        raw,
+        "expected keys below it",
+    )
     fields, values = {field.name: field for field in dataclasses.fields(kind)}, {}
     for key, value in raw.items():
         why = f"unknown; {suggest(key, fields)}"
@@ -198,7 +203,7 @@ def build_model(raw: Any, where: str) -> ModelConfig:
     if "architecture" in raw:
         return build(ModelConfig, raw["architecture"], f"{where}.architecture.")
     name = raw["preset"]
-    require(name in PRESETS, f"{where}.preset", name, suggest(name, PRESETS))
+    require(name in list(PRESETS), f"{where}.preset", name, suggest(name, PRESETS))
     return PRESETS[name]
 
 
