@@ -110,7 +110,7 @@ def clip_by_global_norm(
     """Shrink all gradients by one factor, to a joint norm of at most `max_norm`.
 
     Returns the norm from before, a scalar on the gradients' device; nothing here
-    reads it back, so nothing waits. `math.inf` measures and never clips. If the norm
+    reads it back, so nothing waits. `math.inf` measures, never clips. If the norm
     is not finite, the gradients are left alone: look at it, and do not step.
     """
     if not max_norm > 0:

@@ -1,3 +1,4 @@
+# Generated from book/weights.md: edit the chapter, not this file.
 """Weights in Hugging Face's Llama layout: what others can load, and what we can.
 
 Notable:
@@ -26,6 +27,22 @@ from albor.model import Albor
 from albor.shapes import ConfigError, ModelConfig, parameter_shapes
 from albor.tokenizer import BOS, EOS, PAD, Tokenizer
 
+__all__ = [
+    "COMPUTES",
+    "HARMLESS",
+    "CheckpointError",
+    "data_sha256",
+    "disk_errors",
+    "hf_config",
+    "load_model",
+    "opened",
+    "read_config",
+    "read_tensors",
+    "refuse_nonfinite",
+    "save_model",
+    "write_sealed",
+]
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or that must not be used as it is."""
@@ -44,7 +61,7 @@ def disk_errors(folder: Path, needed: int) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, artifacts.ArtifactError) as error:
         raise CheckpointError(
-            f"cannot write {folder}: {error}. {needed:,} bytes are needed, {known};"
+            f"cannot write {folder}: {error}. {needed:,} bytes are needed, {known}:"
             " make room, make the folder writable, or give another one"
         ) from error
 
@@ -57,36 +74,6 @@ def refuse_nonfinite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
                 f"{where}: {bad} of {tensor.numel()} values of {name} are not "
                 "finite; go back to an earlier checkpoint"
             )
-
-
-def read_tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """Read a file that must hold the tensors of `shapes` and no others.
-
-    The values stay on the disk, mapped, until they are used: copy what is to live.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            wrong = [f"{name} is missing" for name in shapes if name not in found]
-            wrong += [f"{name} is unknown" for name in found if name not in shapes]
-            for name in (name for name in shapes if name in found):
-                shape, dtype = (
-                    tuple(found[name].get_shape()),
-                    found[name].get_dtype(),
-                )
-                if shape != tuple(shapes[name]) or dtype not in dtypes:
-                    want = f"{tuple(shapes[name])} in {' or '.join(dtypes)}"
-                    wrong.append(f"{name}: expected {want}, got {shape} in {dtype}")
-            if not wrong:
-                return {name: file.get_tensor(name) for name in shapes}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: no whole safetensors file: {error}"
-        ) from error
-    more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-    raise CheckpointError(f"{path} does not fit: {'; '.join(wrong[:6])}{more}")
 
 
 # What this model computes, in the words of Llama's configuration. The first value
@@ -112,11 +99,11 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         **{key: values[0] for key, values in COMPUTES.items()},
         "architectures": ["LlamaForCausalLM"],
         "tie_word_embeddings": True,
+        "rope_scaling": None,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": config.rope_theta,
         },
-        "rope_scaling": None,
         **{"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD},
         **{"dtype": "float32", "torch_dtype": "float32", "use_cache": True},
     }
@@ -129,22 +116,22 @@ def read_config(path: Path) -> tuple[ModelConfig, bool]:
     that is not empty: passed over, either could give other logits in silence.
     """
     # What an absent key means to Llama, where it means something else to us.
-    values: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    values: dict[str, Any] = dict(max_position_embeddings=2048, rms_norm_eps=1e-6)
     try:
         raw = artifacts.read_json(path)
         values |= {key: value for key, value in raw.items() if value is not None}
         for key, allowed in COMPUTES.items():
             if (value := values.pop(key, allowed[0])) not in allowed:
-                raise ConfigError(
-                    f"{key} = {value!r}: this model has {allowed[0]!r}"
-                )
+                raise ConfigError(f"{key} = {value!r}: here it is {allowed[0]!r}")
         tied = bool(values.pop("tie_word_embeddings", False))
         values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-        rope = values.pop("rope_scaling", {}) | values.pop("rope_parameters", {})
-        theta = values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        ropes = [values.pop(f"rope_{key}", {}) for key in ("parameters", "scaling")]
+        theta = values.setdefault("rope_theta", ropes[0].get("rope_theta", 10000.0))
         plain = {"rope_type": "default", "type": "default", "rope_theta": theta}
-        if any(plain.get(key) != value for key, value in rope.items()):
-            raise ConfigError(f"the rotary embedding is {rope}, expected {plain}")
+        for key, value in [item for rope in ropes for item in rope.items()]:
+            if plain.get(key) != value:
+                why = f"in the rotary embedding; here it is {plain.get(key)!r}"
+                raise ConfigError(f"{key} = {value!r} {why}")
         fields = {field.name for field in dataclasses.fields(ModelConfig)}
         for key in [key for key in values if key not in fields]:
             if (value := values.pop(key)) and key not in HARMLESS:
@@ -196,14 +183,47 @@ def save_model(
             f"the tokenizer has {tokenizer.vocab_size} entries, the model {limit}; "
             "save the tokenizer that it was trained with"
         )
-    with disk_errors(
-        folder, sum(256 + tensor.nbytes for tensor in weights.values())
-    ):
+    with disk_errors(folder, sum(256 + t.nbytes for t in weights.values())):
         artifacts.write_json(folder / "config.json", hf_config(model.config))
         with artifacts.atomic_path(folder / "model.safetensors") as temporary:
             write_sealed(weights, temporary)
         if tokenizer is not None:
             tokenizer.save(folder)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file; one that is missing, cut off or not one is named."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: no whole safetensors file: {error}; it is read as one file, "
+            "never in shards, and never as a pickle"
+        ) from error
+
+
+def read_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Read a file that must hold the tensors of `shapes` and no others.
+
+    The values stay on the disk, mapped, until they are used: copy what is to live.
+    """
+    with opened(path) as file:
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        wrong = [f"{name} is missing" for name in shapes if name not in found]
+        wrong += [f"{name} is unknown" for name in found if name not in shapes]
+        for name in (name for name in shapes if name in found):
+            shape, dtype = tuple(found[name].get_shape()), found[name].get_dtype()
+            if shape != tuple(shapes[name]) or dtype not in dtypes:
+                want = f"{tuple(shapes[name])} in {' or '.join(dtypes)}"
+                wrong.append(f"{name}: expected {want}, got {shape} in {dtype}")
+        if not wrong:
+            return {name: file.get_tensor(name) for name in shapes}
+    more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+    raise CheckpointError(f"{path} does not fit: {'; '.join(wrong[:6])}{more}")
 
 
 def load_model(folder: str | Path) -> Albor:
@@ -215,26 +235,21 @@ def load_model(folder: str | Path) -> Albor:
     path = Path(folder) / "model.safetensors"
     config, tied = read_config(path.with_name("config.json"))
     shapes, embedding = parameter_shapes(config), "model.embed_tokens.weight"
-    try:
-        with safe_open(path, framework="pt") as file:
-            recorded = (file.metadata() or {}).get("sha256")
-            if not tied or "lm_head.weight" in file.keys():  # noqa: SIM118
-                shapes["lm_head.weight"] = shapes[embedding]
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: no whole safetensors file: {error}"
-        ) from error
+    with opened(path) as file:
+        recorded = (file.metadata() or {}).get("sha256")
+        if not tied or "lm_head.weight" in file.keys():  # noqa: SIM118
+            shapes["lm_head.weight"] = shapes[embedding]
     weights = read_tensors(path, shapes, ("F32", "F16", "BF16"))
     if recorded not in (None, data_sha256(path)):
         raise CheckpointError(
-            f"{path}: the data do not have the SHA-256 in the header"
+            f"{path}: the data do not have the SHA-256 that the header records; "
+            "restore the file from a copy"
         )
     refuse_nonfinite(weights, path)
-    if not torch.equal(
-        weights.get("lm_head.weight", weights[embedding]), weights[embedding]
-    ):
+    head = weights.get("lm_head.weight", weights[embedding])
+    if not torch.equal(head, weights[embedding]):
         raise CheckpointError(
-            f"{path}: lm_head.weight is not the embedding; here it is"
+            f"{path}: lm_head.weight is not the embedding; this model ties the two"
         )
     with torch.device("meta"):  # nothing is drawn that would be overwritten
         model = Albor(config)
