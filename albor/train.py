@@ -239,7 +239,7 @@ def train(
     """Train from `start_step` to `recipe.training.max_steps`.
 
     `evaluate()` gives a validation loss, `save(n)` keeps the state after n steps,
-    `on_log(record, seconds_left)` sees the first step and the last, evaluations, and
+    `on_log(record, seconds_left)` sees the first step, the last, evaluations, and
     a step every `log_seconds`. It saves every `save_interval` steps, every
     `save_minutes`, and at the end; `max_minutes` of this call end the run early. 0
     turns any of these off.
