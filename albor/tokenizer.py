@@ -237,12 +237,9 @@ class Tokenizer:
                 "texts is one str; call encode(text) or give [text]"
             )
         texts = list(texts)
-        try:
-            found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):
-            for index, text in enumerate(texts):
-                check_text(text, f"texts[{index}]")
-            raise
+        for index, text in enumerate(texts):  # a tuple would be read as two texts
+            check_text(text, f"texts[{index}]")
+        found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:
