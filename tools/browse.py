@@ -10,9 +10,9 @@ its DevTools protocol, and lists what a reader would stumble over:
 - code of a cell that scrolls sideways on a desktop, more than one search bar;
 - a page wider than a phone, and a search that finds nothing.
 
-It needs Chromium (Debian: `apt install chromium`) and downloads nothing. Its pictures
-lie in `_build/screens`, for people to look at: whether a page is beautiful, or true,
-it cannot judge.
+It needs Chromium (Debian: `apt install chromium`) and downloads nothing. Its
+pictures lie in `_build/screens`, for people to look at: whether a page is beautiful
+or true, it cannot say.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def look_at(
     browser.show(DESKTOP, "light")
     try:
         browser.open(base + page)
-    except RuntimeError as error:
+    except (RuntimeError, websocket.WebSocketException) as error:
         return [f"does not load: {error}"], {"links": [], "ids": []}
     links = browser.evaluate("look.links()")
     ask("look.images()", "desktop")
@@ -335,17 +335,12 @@ def check_search(browser: Browser, base: str, word: str) -> list[str]:
                 windowsVirtualKeyCode=13,
             )
         browser.wait_for("Page.loadEventFired")
-        found, deadline = 0, time.monotonic() + 10
-        while time.monotonic() < deadline and not found:
+        found, over, deadline = 0, False, time.monotonic() + 20
+        while not (found or over) and time.monotonic() < deadline:
             time.sleep(0.2)
-            found = browser.evaluate(
-                "document.querySelectorAll('#search-results ul li').length"
-            )
-            if not wanted and browser.evaluate(
-                "/did not match|no results/i.test("
-                "document.querySelector('#search-results')?.textContent)"
-            ):
-                break
+            results = "document.querySelector('#search-results')"
+            found = browser.evaluate(f"{results}.querySelectorAll('ul li').length")
+            over = browser.evaluate(f"/did not match/.test({results}.textContent)")
         if bool(found) != wanted:
             faults.append(f"search.html: {found} results for {query!r}")
     return faults
