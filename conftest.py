@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent
 
@@ -14,6 +15,10 @@ PATHS = [str(ROOT), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in PATHS if path)
 # A backend set for scripts would keep the figures out of the notebooks' outputs.
 os.environ.pop("MPLBACKEND", None)
+
+# A busy machine is slow, not wrong.
+settings.register_profile("albor", deadline=None)
+settings.load_profile("albor")
 
 
 def pytest_configure(config: pytest.Config) -> None:
