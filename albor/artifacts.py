@@ -1,15 +1,20 @@
+# Generated from book/artifacts.md: edit the chapter, not this file.
 """Files that can be trusted: content hashes, atomic writes, JSON lines.
 
-A run is judged by what it leaves on disk, and it can die at any instruction. Two
-habits cover both. A file is named and checked by the SHA-256 of its bytes. And it is
-written beside its place and renamed into it, so that a reader finds the old bytes or
-the new ones and never a mixture. Logs, which only grow, are JSON lines instead: a
-kill can tear the last line alone, and the reader knows it.
+Notable:
+
+- a file is named and checked by the SHA-256 of its bytes, a value by that of its
+  canonical JSON, in which equal values have equal text;
+- a file is written beside its place and renamed into it, so a reader finds the old
+  bytes or the new ones, and never a mixture, whenever the writer was killed;
+- logs only grow, line by line: a kill tears the last line alone, and the reader
+  drops it and says so.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -18,6 +23,27 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+
+__all__ = [
+    "PROCESS",
+    "ArtifactError",
+    "append_jsonl",
+    "atomic_path",
+    "digest",
+    "is_alive",
+    "parse_json",
+    "read_json",
+    "read_jsonl",
+    "refuse_foreign",
+    "remove_leftovers",
+    "sha256_file",
+    "sha256_text",
+    "split_torn",
+    "sync_folder",
+    "to_json",
+    "truncate_jsonl",
+    "write_json",
+]
 
 
 class ArtifactError(ValueError):
@@ -35,47 +61,43 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def refuse_foreign_keys(value: Any, where: str = "value") -> None:
-    """Refuse keys that are not strings: JSON would turn 1 and "1" into one key."""
+def refuse_foreign(value: Any, where: str = "value") -> None:
+    """Refuse what JSON would change or has no word for, naming the place."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise ArtifactError(
-                    f"{where} has the key {key!r}; JSON keys are strings, "
-                    f"write {str(key)!r}"
+                    f"{where} has the key {key!r}, and {str(key)!r} would be the "
+                    "same to JSON; make keys text"
                 )
-            refuse_foreign_keys(item, f"{where}[{key!r}]")
+            refuse_foreign(item, f"{where}[{key!r}]")
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            refuse_foreign_keys(item, f"{where}[{index}]")
+            refuse_foreign(item, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ArtifactError(f"{where} is {value}; JSON is finite, use None or text")
+    elif not isinstance(value, str | int | float | None):
+        kind = type(value).__name__
+        raise ArtifactError(f"{where} is of type {kind}; make it a list or text")
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """`value` as ASCII JSON with sorted keys; equal values give equal text.
 
-    Without `indent` there is no white space at all: the canonical form that `digest`
-    hashes. NaN and infinities are refused, for JSON has no word for them, and so is
-    what is not JSON. A tuple becomes a list.
+    Without `indent` there is no white space at all: the canonical form, which
+    `digest` hashes. A tuple becomes a list.
     """
-    refuse_foreign_keys(value)
-    separators = (",", ":") if indent is None else (",", ": ")
-    try:
-        return json.dumps(
-            value,
-            sort_keys=True,
-            allow_nan=False,
-            indent=indent,
-            separators=separators,
-        )
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"not JSON: {error}; use None, text, finite numbers, lists and mappings"
-        ) from None
+    refuse_foreign(value)
+    marks = (",", ":") if indent is None else (",", ": ")
+    return json.dumps(value, sort_keys=True, indent=indent, separators=marks)
 
 
 def digest(value: Any) -> str:
     """SHA-256 of the canonical JSON of `value`: a name for what it says."""
     return sha256_text(to_json(value))
+
+
+PROCESS = secrets.token_hex(4)  # tells this process from older ones with its number
 
 
 def sync_folder(folder: Path) -> None:
@@ -88,42 +110,50 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def is_alive(process: int) -> bool:
+    """Whether a process of this number exists; True where that cannot be asked."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)  # signal 0 asks, and does nothing
+    except ProcessLookupError:
+        return False
+    except (OverflowError, PermissionError):
+        return True
+    return True
+
+
 def remove_leftovers(path: Path) -> None:
-    """Delete the temporary siblings of `path` whose writer is no longer alive."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.[0-9a-f]{{8}}\.tmp")
+    """Delete the temporary siblings of `path` whose writers are gone."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(\w{{8}})\w{{8}}\.tmp")
     for sibling in path.parent.iterdir():
-        match = pattern.fullmatch(sibling.name)
-        if match and os.name == "posix":
-            try:
-                os.kill(int(match[1]), 0)  # signal 0 asks, and does nothing
-            except ProcessLookupError:
+        if match := name.fullmatch(sibling.name):
+            number, token = int(match[1]), match[2]
+            mine = number == os.getpid()
+            if token != PROCESS if mine else not is_alive(number):
                 sibling.unlink(missing_ok=True)
-            except (OverflowError, PermissionError):
-                continue  # not ours to judge
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; when the block ends, put it in place.
 
-    The steps are those of POSIX: write a sibling (the same file system, so that a
-    rename is possible), fsync it (its bytes before its name), `os.replace` (atomic),
-    fsync the folder (the name). An error inside the block leaves `path` as it was and
-    removes the sibling; a kill leaves `path` as it was, and the next write of the same
-    path removes the sibling. A link is written through; permissions are kept.
+    An error inside the block leaves `path` as it was and removes the sibling. A
+    kill leaves `path` as it was; the next write of that path removes the sibling.
+    Links are written through, permissions are kept, missing folders are made.
     """
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder; give the path of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    name = f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    temporary = path.with_name(name)
+    token = PROCESS + secrets.token_hex(4)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{token}.tmp")
     try:
         yield temporary
         if not temporary.is_file():
             raise ArtifactError(
-                f"nothing was written for {path}; write to the path given"
+                f"nothing was written for {path}; use the path given"
             )
         if path.exists():
             shutil.copymode(path, temporary)
@@ -143,16 +173,14 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def parse_json(text: bytes, where: str, line: int = 1) -> Any:
-    """Parse strict JSON (UTF-8, no NaN, no key twice); errors name place and line."""
+    """Parse strict JSON: UTF-8, no NaN, no key twice; errors name file and line."""
 
     def refuse(word: str) -> NoReturn:
         raise ValueError(f"{word} is not JSON")
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(items)) < len(items):
-            raise ValueError(
-                f"a key is given twice among {[key for key, _ in items]}"
-            )
+            raise ValueError(f"a key is given twice: {[key for key, _ in items]}")
         return dict(items)
 
     try:
@@ -169,7 +197,7 @@ def parse_json(text: bytes, where: str, line: int = 1) -> Any:
     except ValueError as error:  # not UTF-8, NaN, a key twice
         problem = str(error)
     raise ArtifactError(
-        f"{where}, line {line}: {problem}; restore or repair the file"
+        f"{where}, line {line}: {problem}; repair or restore the file"
     )
 
 
@@ -181,8 +209,8 @@ def read_json(path: str | Path) -> Any:
 def split_torn(data: bytes) -> tuple[bytes, bytes]:
     """Split JSON lines into complete lines and the torn end (empty if none).
 
-    A record is a mapping, so no proper beginning of one parses: a last line that lacks
-    its newline and parses is complete, any other was torn.
+    A record is a mapping, and no proper beginning of one parses: a last line that
+    lacks its newline and parses is complete, any other was torn.
     """
     cut = data.rfind(b"\n") + 1
     if data[cut:]:
@@ -197,8 +225,8 @@ def split_torn(data: bytes) -> tuple[bytes, bytes]:
 def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
     """Add one record as one line, in one write, after cutting off a torn end.
 
-    No fsync: a killed process loses nothing, since the kernel holds the bytes; a power
-    cut may lose the last seconds of a log, which costs less than a sync per step.
+    No fsync: a killed process loses nothing, since the kernel holds the bytes; a
+    power cut may lose a log's last seconds, which costs less than a sync per step.
     """
     if not isinstance(record, dict):
         raise ArtifactError(f"a record is a mapping of keys, got {record!r}")
@@ -209,7 +237,7 @@ def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
             file.seek(size - 1)
             if file.read(1) != b"\n":
                 file.seek(0)
-                complete, torn = split_torn(file.read())
+                _, torn = split_torn(file.readall())
                 file.truncate(size - len(torn))
                 line = line if torn else b"\n" + line
         file.write(line)
@@ -227,20 +255,18 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
             )
         records.append(record)
     if torn:
-        warnings.warn(
-            f"{path}, line {len(records) + 1}: dropped {len(torn)} bytes of a record "
-            "whose writer was cut off",
-            stacklevel=2,
-        )
+        where = f"{path}, line {len(records) + 1}"
+        lost = f"{where}: dropped {len(torn)} bytes, its writer was cut off"
+        warnings.warn(lost, stacklevel=2)
     return records
 
 
 def truncate_jsonl(
     path: str | Path, keep: Callable[[dict[str, Any]], bool]
 ) -> list[dict[str, Any]]:
-    """Keep, atomically, only the records for which `keep` is true; return the others."""
-    records = read_jsonl(path)
-    kept = [record for record in records if keep(record)]
+    """Keep, atomically, the records for which `keep` is true; return the others."""
+    marked = [(bool(keep(record)), record) for record in read_jsonl(path)]
+    lines = [to_json(record).encode() + b"\n" for kept, record in marked if kept]
     with atomic_path(path) as temporary:
-        temporary.write_bytes(b"".join(to_json(r).encode() + b"\n" for r in kept))
-    return [record for record in records if not keep(record)]
+        temporary.write_bytes(b"".join(lines))
+    return [record for kept, record in marked if not kept]
