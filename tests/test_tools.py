@@ -283,6 +283,20 @@ def test_a_folder_counts_with_what_is_committed_in_it(project):
     assert "settings/loose.txt" not in dependencies(Chapter(project, "beta"))
 
 
+@pytest.mark.parametrize(
+    ("source", "read"),
+    [
+        ('root / "settings" / "a.txt"', {"settings/a.txt"}),
+        ('root / "book" / "intro.md"', {"book/intro.md"}),
+        ('open("./book/intro.md")', {"book/intro.md"}),
+        ('"book", "notebooks", "albor", "_toc.yml", ".", ""', set()),
+    ],
+)
+def test_paths_are_told_from_words(project, source, read):
+    edit(project, "book/gamma.md", "elapsed > 0", source)
+    assert set(dependencies(Chapter(project, "gamma"))) == read
+
+
 def test_a_notebook_that_is_read_counts_by_its_code(project):
     edit(
         project,

@@ -17,7 +17,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 
 PACKAGE = "albor"
+# In a string these are words, or (_toc.yml) a mark by which the root is known.
+NAMES = {PACKAGE, "book", "notebooks", "_toc.yml", ".", ""}
 MYST = {"extension": ".md", "format_name": "myst"}
 HEADER = """\
 ---
@@ -154,6 +156,7 @@ def alt_text(cell: NotebookNode) -> str:
     return node.strip() if isinstance(node, str) else ""
 
 
+@cache
 def parse(source: str, place: str) -> ast.Module:
     """The syntax tree of a cell, which may use IPython's own syntax."""
     try:
@@ -212,6 +215,7 @@ def code_hash(chapter: Chapter) -> str:
 # --- what a chapter depends on ----------------------------------------------------
 
 
+@cache
 def imported_names(tree: ast.AST) -> set[str]:
     """Dotted names of all modules that `tree` imports, wherever the import stands.
 
@@ -244,10 +248,18 @@ def imported_modules(tree: ast.AST) -> set[str]:
     return {"__init__" if name == "__version__" else name for name in found}
 
 
+@cache
 def strings(tree: ast.AST) -> set[str]:
-    """All string constants, the constant parts of f-strings among them."""
-    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    return {node.value for node in nodes if isinstance(node.value, str)}
+    """All string constants, parts of f-strings too, and paths joined by `/`."""
+
+    def joined(node: ast.AST) -> str:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node.value
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            return "/".join(filter(None, [joined(node.left), joined(node.right)]))
+        return ""
+
+    return {joined(node) for node in ast.walk(tree)} - {""}
 
 
 def committed_files(root: Path) -> dict[str, set[str]]:
@@ -285,12 +297,12 @@ def files_named(tree: ast.AST, committed: dict[str, set[str]]) -> set[str]:
 
     A string that is the path of a committed file counts as reading it; the path of
     a folder (or the start of an f-string: "configs/train/") counts as reading all
-    that is committed in it. "albor" and "." are taken for names, not for folders.
+    that is committed in it. The words in NAMES are no paths by themselves.
     """
     found = set()
     for text in strings(tree):
         name = text.removeprefix("./").rstrip("/")
-        if name not in ("", ".", PACKAGE):
+        if name not in NAMES:
             found |= committed.get(name, set())
     return found
 
