@@ -2,23 +2,23 @@
 """Causal grouped-query attention, and the cache that makes decoding cheap.
 
 Notable:
-- H query heads share K heads of keys and values, each of them H / K times. The cache
-  holds K heads, so it is H / K times smaller than that of multi-head attention.
-- PyTorch's fused kernels do the work, and no (T, T) matrix is kept for the backward
-  pass where one of them applies. See `grouped_kernel` for which.
-- One rule gives the mask with and without a cache: a token sees the tokens at its own
-  position and before, and positions count from the start of the cache.
+- H query heads share K heads of keys and values, each of them H / K times. The
+  cache holds K heads, so it is H / K times smaller than with a key per query head.
+- PyTorch's fused kernels do the work, and where one applies no (T, T) matrix is
+  kept for the backward pass. `grouped_kernel` says which kernel takes what.
+- One rule gives the mask, with a cache or without: a token sees its own position
+  and those before it, and positions count from the start of the cache.
 
-Shapes: B batch, T new tokens, S tokens to look at (cached and new), D width, H heads,
-K key/value heads, Dh width of a head.
+Shapes: B batch, T new tokens, S tokens to look at (cached and new), D width, H
+heads, K key/value heads, Dh width of a head.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from albor.config import ModelConfig
 from albor.layers import apply_rope
+from albor.shapes import ModelConfig
 
 __all__ = ["Attention", "KVCache", "causal_mask", "grouped_kernel"]
 
@@ -28,7 +28,7 @@ class KVCache:
 
     `length` counts them; there is room for `max_length`. The first `append` fixes
     batch, heads, device and precision, and makes both buffers at full size, (B, K,
-    max_length, Dh). For decoding only: a gradient through it is refused.
+    max_length, Dh). For decoding alone: a gradient through it is refused.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -40,7 +40,7 @@ class KVCache:
         self.values: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v, (B, K, T, Dh) each; return all stored, (B, K, S, Dh) each."""
+        """Store k and v, (B, K, T, Dh) each; return all that is stored, up to S."""
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise ValueError(
                 "a key/value cache passes no gradient back: decode under "
@@ -50,8 +50,8 @@ class KVCache:
         end = self.length + T
         if end > self.max_length:
             raise ValueError(
-                f"the cache holds {self.length} of at most {self.max_length} tokens: "
-                f"{T} more do not fit"
+                f"the cache holds {self.length} of at most {self.max_length} "
+                f"tokens: {T} more do not fit"
             )
         if self.keys is None or self.values is None:
             self.keys = k.new_zeros(B, K, self.max_length, Dh)
@@ -59,7 +59,7 @@ class KVCache:
         if self.keys.shape[:2] != (B, K):
             raise ValueError(
                 f"the cache was begun with (batch, key/value heads) = "
-                f"{tuple(self.keys.shape[:2])}, and now gets {(B, K)}"
+                f"{tuple(self.keys.shape[:2])} and now gets {(B, K)}"
             )
         self.keys[:, :, self.length : end] = k
         self.values[:, :, self.length : end] = v
@@ -70,7 +70,7 @@ class KVCache:
 def causal_mask(new: int, seen: int, device: torch.device) -> Tensor:
     """(T, S) of booleans: may new token t look at token s? T = new, S = seen + new.
 
-    New token t stands at position seen + t, and looks at s <= seen + t.
+    New token t stands at position seen + t, and looks at every s <= seen + t.
     """
     positions = torch.arange(seen + new, device=device)
     return positions <= positions[seen:, None]
@@ -79,9 +79,9 @@ def causal_mask(new: int, seen: int, device: torch.device) -> Tensor:
 def grouped_kernel(q: Tensor, masked: bool) -> bool:
     """Whether a fused kernel takes K < H heads of keys as they are, for queries q.
 
-    Read in torch 2.11 to 2.13: on a CPU the flash kernel does, masked or not. On CUDA
-    it does so for 16-bit numbers without a mask, from compute capability 8.0 on; what
-    is left over belongs to the memory-efficient kernel, which wants H heads of keys.
+    For torch 2.11 to 2.13. On a CPU the flash kernel does, with a mask or without.
+    On CUDA it does so for 16-bit numbers without a mask, from compute capability
+    8.0 on; what is left over falls to kernels that want H heads of keys.
     """
     if q.device.type != "cuda":
         return True
@@ -92,8 +92,8 @@ def grouped_kernel(q: Tensor, masked: bool) -> bool:
 class Attention(nn.Module):
     """Causal self-attention over rotated queries and keys. (B, T, D) -> (B, T, D)
 
-    Vaswani et al. (2017), https://arxiv.org/abs/1706.03762, equation 1; heads shared
-    as in Ainslie et al. (2023), https://arxiv.org/abs/2305.13245.
+    Vaswani et al. (2017), https://arxiv.org/abs/1706.03762, equation 1, with
+    heads shared as in Ainslie et al. (2023), https://arxiv.org/abs/2305.13245.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -110,15 +110,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """cos and sin are (T, Dh): the rows of the table for these T positions."""
         B, T, _ = x.shape
-        q = (
-            self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        )  # (B, H, T, Dh)
-        k = (
-            self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        )  # (B, K, T, Dh)
-        v = (
-            self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        )  # (B, K, T, Dh)
+        heads = B, T, -1, self.head_dim
+        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, H, T, Dh)
+        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, K, T, Dh)
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, Dh)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
 
         seen, mask = 0, None
@@ -129,17 +124,12 @@ class Attention(nn.Module):
                 mask = causal_mask(T, seen, x.device)
 
         grouped = grouped_kernel(q, mask is not None)
-        if not grouped:  # heads 0 to H/K - 1 share key head 0, and so on
-            k = k.repeat_interleave(
-                q.shape[1] // k.shape[1], dim=1
-            )  # (B, H, S, Dh)
-            v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        if not grouped:  # query heads 0 to H / K - 1 share key head 0, and so on
+            share = q.shape[1] // k.shape[1]
+            k = k.repeat_interleave(share, dim=1)  # (B, H, S, Dh)
+            v = v.repeat_interleave(share, dim=1)  # (B, H, S, Dh)
+        causal = seen == 0 and T > 1
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=seen == 0 and T > 1,
-            enable_gqa=grouped,
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )  # (B, H, T, Dh)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))

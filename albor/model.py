@@ -2,19 +2,18 @@
 """The decoder: embedding, L equal blocks, a final norm, and the embedding again.
 
 Notable:
-- Parameters carry the names, the shapes and the order of `parameter_shapes`, which are
-  Llama's in `transformers`: a checkpoint needs no conversion. The head has no tensor
-  of its own; it reads the embedding.
-- Initial weights depend on the seed alone, not on the device, the precision or the
-  random numbers that others have drawn.
-- The loss comes out of `linear_cross_entropy` together with its gradient, a chunk of
-  tokens at a time, and the (B * T, V) logits never exist as a whole.
+- Parameters carry the names, the shapes and the order of `parameter_shapes`, which
+  are Llama's in `transformers`: a checkpoint needs no conversion. The head has no
+  tensor of its own; it reads the embedding.
+- Initial weights depend on the seed alone: not on the device, nor the precision,
+  nor the random numbers that others have drawn.
+- The loss comes with its gradient out of `linear_cross_entropy`, a chunk of tokens
+  at a time. The (B * T, V) logits never exist as a whole.
 
 Shapes: B batch, T time, D width, V vocabulary, N = B * T tokens.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,95 +22,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from albor.attention import Attention, KVCache
-from albor.config import ModelConfig
 from albor.layers import RMSNorm, SwiGLU, rope_table
+from albor.shapes import ModelConfig
 
 __all__ = ["IGNORED", "Albor", "Block", "Decoder", "linear_cross_entropy"]
 
 
-IGNORED = -100  # a target that does not count, as in F.cross_entropy
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        chunk: int,
-        grad: bool,
-    ) -> Tensor:
-        kind, wide = (
-            hidden.device.type,
-            torch.promote_types(hidden.dtype, torch.float32),
-        )
-        known = torch.amp.is_autocast_available(kind)  # not for "meta" tensors
-        mixed = known and torch.is_autocast_enabled(kind)
-        low = torch.get_autocast_dtype(kind) if mixed else None
-        matrix = weight.to(low or weight.dtype)  # (V, D)
-        counted = targets != IGNORED
-        count = counted.sum()
-        loss = hidden.new_zeros((), dtype=wide)
-        d_hidden = torch.empty_like(hidden) if grad else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if grad else None
-        with torch.autocast(kind, enabled=False) if mixed else nullcontext():
-            for i in range(0, len(hidden), chunk):
-                rows = hidden[i : i + chunk].to(matrix.dtype)  # (n, D)
-                keep = counted[i : i + chunk, None].to(wide)  # (n, 1)
-                target = targets[i : i + chunk, None].clamp(min=0)
-                logits = (rows @ matrix.T).to(wide)  # (n, V)
-                log_z = logits.logsumexp(dim=-1, keepdim=True)
-                loss += ((log_z - logits.gather(1, target)) * keep).sum()
-                if d_hidden is not None and d_weight is not None:
-                    slope = logits.sub_(
-                        log_z
-                    ).exp_()  # softmax, in place of the logits
-                    slope.scatter_add_(1, target, -torch.ones_like(log_z)).mul_(
-                        keep
-                    )
-                    low_slope = slope.to(matrix.dtype)
-                    d_hidden[i : i + chunk] = low_slope @ matrix
-                    d_weight += low_slope.T @ rows
-        # Gradients of the sum, in a range that 16 bits can hold: dividing by the count
-        # waits for the backward pass, where the loss scale comes in as well.
-        ctx.save_for_backward(d_hidden, d_weight, count)
-        ctx.weight_dtype = weight.dtype
-        return loss / count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight, count = ctx.saved_tensors
-        scale = d_loss / count
-        d_hidden, d_weight = d_hidden * scale, d_weight * scale
-        return d_hidden, d_weight.to(ctx.weight_dtype), None, None, None
-
-
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512
-) -> Tensor:
-    """Mean cross-entropy of softmax(hidden @ weight.T), `chunk` tokens at a time.
-
-    hidden is (N, D), weight (V, D), targets (N,) of ids, or -100 where a token does not
-    count. The forward pass computes the gradient too, so only (chunk, V) numbers are
-    alive at once. Matrices multiply in autocast's type, softmax is at least float32.
-    """
-    grad = torch.is_grad_enabled() and (
-        hidden.requires_grad or weight.requires_grad
-    )
-    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk, grad)
-
-
 class Block(nn.Module):
-    """One layer: attend, then think. Each half adds to the stream that it reads."""
+    """One layer: look around, then think. Each half adds to the stream it reads."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(
-            config.hidden_size, config.rms_norm_eps
-        )
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(D, eps)
+        self.post_attention_layernorm = RMSNorm(D, eps)
         self.self_attn = Attention(config)
         self.mlp = SwiGLU(config)
 
@@ -133,88 +57,148 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             Block(config) for _ in range(config.num_hidden_layers)
         )
-        self.rope: tuple[Tensor, Tensor] | None = (
-            None  # no buffer: never cast to 16 bits
-        )
+        self.rope: tuple[Tensor, Tensor] | None = None  # no buffer: stays wide
 
     def rotations(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Rows start to end of the rotary table, beside the weights, at least float32."""
-        weight = self.embed_tokens.weight
+        """Rows start to end of the rotary table, on the weights' device."""
+        weight, c = self.embed_tokens.weight, self.config
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        if (
-            self.rope is None
-            or self.rope[0].device != weight.device
-            or self.rope[0].dtype != dtype
-        ):
-            c = self.config
-            table = rope_table(
-                c.head_dim, c.max_position_embeddings, c.rope_theta, dtype
-            )
-            self.rope = table[0].to(weight.device), table[1].to(weight.device)
-        cos, sin = self.rope
-        return cos[start:end], sin[start:end]
+        old = self.rope[0] if self.rope else None
+        if old is None or old.device != weight.device or old.dtype != dtype:
+            length = c.max_position_embeddings
+            with torch.inference_mode(False):  # or training could not use it later
+                table = rope_table(c.head_dim, length, c.rope_theta, dtype)
+                self.rope = table[0].to(weight.device), table[1].to(weight.device)
+        assert self.rope is not None
+        return self.rope[0][start:end], self.rope[1][start:end]
 
-    def forward(
-        self, ids: Tensor, caches: Sequence[KVCache] | None = None
-    ) -> Tensor:
-        self.check(ids, caches)
-        start = caches[0].length if caches else 0
-        cos, sin = self.rotations(start, start + ids.shape[1])
-        x = self.embed_tokens(ids)
-        for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, caches[i] if caches else None)
-        return self.norm(x)
-
-    def check(self, ids: Tensor, caches: Sequence[KVCache] | None = None) -> None:
+    def check(self, ids: Tensor, caches: Sequence[KVCache] | None) -> int:
         """Refuse ids that are not (B, T) integers within vocabulary and context.
 
-        Values are looked at on a CPU only; CUDA would have to wait for the answer, and
-        its embedding kernel refuses them by itself.
+        Returns the tokens seen before. Values of ids are read on a CPU alone.
         """
-        c = self.config
         if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"ids must be a (B, T) tensor of int64 or int32, got shape "
-                f"{tuple(ids.shape)} of {ids.dtype}"
+                f"ids must be (B, T) of int64 or int32, got {tuple(ids.shape)} of "
+                f"{ids.dtype}"
             )
         if ids.numel() == 0:
             raise ValueError(f"ids are empty: their shape is {tuple(ids.shape)}")
         if caches is not None and len(caches) != len(self.layers):
             raise ValueError(
-                f"{len(caches)} caches for {len(self.layers)} layers: give one to each"
+                f"{len(caches)} caches for {len(self.layers)} layers: give each one"
             )
         seen = caches[0].length if caches else 0
-        if seen + ids.shape[1] > c.max_position_embeddings:
+        longest = self.config.max_position_embeddings
+        if seen + ids.shape[1] > longest:
             raise ValueError(
                 f"{ids.shape[1]} tokens after {seen} cached ones are more than "
-                f"max_position_embeddings = {c.max_position_embeddings}: shorten the "
-                "input"
+                f"max_position_embeddings = {longest}: shorten the input"
             )
         if ids.device.type == "cpu":
             low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= c.vocab_size:
+            if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
-                    f"ids run from {low} to {high}, but the vocabulary is 0 to "
-                    f"{c.vocab_size - 1}: was the text encoded by another tokenizer?"
+                    f"ids run from {low} to {high}, the vocabulary from 0 to "
+                    f"{self.config.vocab_size - 1}: is it another tokenizer's text?"
                 )
+        return seen
+
+    def forward(
+        self, ids: Tensor, caches: Sequence[KVCache] | None = None
+    ) -> Tensor:
+        seen = self.check(ids, caches)
+        cos, sin = self.rotations(seen, seen + ids.shape[1])
+        x = self.embed_tokens(ids)  # (B, T, D)
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, caches[i] if caches else None)
+        return self.norm(x)
+
+
+IGNORED = -100  # a target that does not count, as in F.cross_entropy
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        grad: bool,
+    ) -> Tensor:
+        low = (hidden[:1] @ weight[:1].T).dtype  # of products: autocast's, if on
+        wide = torch.promote_types(low, torch.float32)  # of softmax and sums
+        matrix, counted = weight.to(low), targets != IGNORED
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if grad else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if grad else None
+        for i in range(0, len(hidden), chunk):
+            rows = hidden[i : i + chunk].to(low)  # (n, D)
+            keep = counted[i : i + chunk]  # (n,)
+            at = torch.arange(len(rows), device=rows.device)
+            target = targets[i : i + chunk].masked_fill(~keep, 0)
+            logits = (rows @ matrix.T).to(wide)  # (n, V)
+            log_z = logits.logsumexp(dim=-1)
+            loss += (log_z - logits[at, target]).masked_fill(~keep, 0.0).sum()
+            if d_hidden is not None and d_weight is not None:
+                log_z = log_z.masked_fill(~keep, torch.inf)  # softmax: zero
+                slope = logits.sub_(log_z[:, None]).exp_()  # in place of the logits
+                slope[at, target] -= keep.to(wide)
+                d_hidden[i : i + chunk] = slope.to(low) @ matrix
+                d_weight += slope.to(low).T @ rows
+        # Gradients of the sum. The division by the count waits for backward, where
+        # the loss scale comes in: before, 16 bits could not hold the quotient.
+        ctx.save_for_backward(d_hidden, d_weight, counted.sum())
+        ctx.weight_dtype = weight.dtype
+        return loss / counted.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight, count = ctx.saved_tensors
+        scale = d_loss / count
+        d_weight = (d_weight * scale).to(ctx.weight_dtype)
+        return d_hidden * scale.to(d_hidden.dtype), d_weight, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512
+) -> Tensor:
+    """Mean cross-entropy of softmax(hidden @ weight.T), `chunk` tokens at a time.
+
+    hidden is (N, D), weight (V, D), targets (N,) of ids, or -100 for a token that
+    does not count; where none counts the mean is NaN. The gradient is computed on
+    the way forward, (chunk, V) numbers at a time. Products are in autocast's type,
+    softmax and sums at least in float32.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}: it must be at least 1")
+    grad = torch.is_grad_enabled() and (
+        hidden.requires_grad or weight.requires_grad
+    )
+    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk, grad)
 
 
 class Albor(nn.Module):
-    """The language model: a `Decoder`, and a head that is its embedding, transposed.
+    """The language model: a `Decoder`, and its embedding again as the head.
 
-    Matrices and embedding start as N(0, initializer_range), norms as ones, all drawn
-    from one generator with the given seed (None: one from the operating system).
+    Matrices and embedding start as N(0, initializer_range), norms as ones, all from
+    one generator with the given seed (None: one that the operating system picks).
+    Under `torch.device("meta")` nothing is drawn and no memory is taken.
     """
 
     def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
         home = torch.get_default_device()
-        with torch.device("meta"):  # shapes alone: nothing is drawn twice
+        with torch.device("meta"):  # names and shapes, without a first drawing
             self.model = Decoder(config)
         self.to_empty(device=home)
         if home.type != "meta":
             self.initialize(seed)
+        self.register_load_state_dict_pre_hook(self.drop_tied_head)
 
     @torch.no_grad()
     def initialize(self, seed: int | None) -> None:
@@ -224,17 +208,30 @@ class Albor(nn.Module):
             generator.seed()
         else:
             generator.manual_seed(seed)
+        spread = self.config.initializer_range
         for parameter in self.parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
-                drawn = torch.empty(
-                    parameter.shape, dtype=torch.float32, device="cpu"
+                drawn = torch.empty_like(
+                    parameter, dtype=torch.float32, device="cpu"
                 )
-                drawn.normal_(
-                    0.0, self.config.initializer_range, generator=generator
-                )
+                drawn.normal_(0.0, spread, generator=generator)
                 parameter.copy_(drawn)
+
+    @staticmethod
+    def drop_tied_head(
+        module: nn.Module, state: dict, prefix: str, *_: Any
+    ) -> None:
+        """Accept `lm_head.weight` in a state dict if it equals the embedding."""
+        head = state.pop(f"{prefix}lm_head.weight", None)
+        embedding = state.get(f"{prefix}model.embed_tokens.weight")
+        tied = embedding is not None and head is not None
+        if head is not None and not (tied and torch.equal(head, embedding)):
+            raise ValueError(
+                "lm_head.weight differs from model.embed_tokens.weight: the head of "
+                "this model is its embedding, so no other head can be loaded"
+            )
 
     def forward(
         self, ids: Tensor, caches: Sequence[KVCache] | None = None
@@ -243,21 +240,16 @@ class Albor(nn.Module):
         return F.linear(self.model(ids, caches), self.model.embed_tokens.weight)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy, in nats, of targets (B, T); those of -100 do not count."""
+        """Mean cross-entropy of targets (B, T), in nats; a -100 does not count."""
         if targets.shape != ids.shape or targets.dtype != torch.int64:
             raise ValueError(
-                f"targets must be int64 of the shape of ids, {tuple(ids.shape)}, got "
-                f"{tuple(targets.shape)} of {targets.dtype}"
+                f"targets must be int64 of the shape of ids, {tuple(ids.shape)}, "
+                f"got {tuple(targets.shape)} of {targets.dtype}"
             )
-        hidden = self.model(ids)  # (B, T, D)
-        weight = self.model.embed_tokens.weight  # (V, D)
+        hidden, weight = self.model(ids), self.model.embed_tokens.weight
         return linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten())
 
     def new_caches(self, max_length: int | None = None) -> list[KVCache]:
         """An empty cache per layer; without max_length, as long as the context."""
-        length = (
-            self.config.max_position_embeddings
-            if max_length is None
-            else max_length
-        )
+        length = max_length or self.config.max_position_embeddings
         return [KVCache(length) for _ in self.model.layers]
