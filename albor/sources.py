@@ -5,8 +5,8 @@ Notable:
 - Nothing is downloaded, imported or run: files are listed, read and parsed.
 - Links are never followed and only regular files are opened, so that a loop, a pipe
   or a device named `x.py` does no harm.
-- Whatever is left out is counted, with reason and bytes. Only `__pycache__` and names
-  that begin with a dot are passed over in silence.
+- Whatever is left out is counted, with reason and bytes. Only `__pycache__` and
+  names that begin with a dot are passed over in silence.
 - The shown path of a file says nothing of the machine, and fits into JSON.
 """
 
@@ -65,7 +65,7 @@ MIN_LETTERS = 0.25  # the share of characters that are letters
 # By these phrases in its first lines a file says that a program wrote it.
 GENERATED = re.compile(
     r"@generated|do not (edit|modify)|auto(matically|-|\s)\s*generated"
-    r"|^#.*\bgenerated\b",
+    r"|^#.*\bgenerated (by|from|and used)\b",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -145,16 +145,13 @@ def find_package(name: str) -> list[Source]:
 
 def find_distribution(name: str) -> list[Source]:
     """Where the top-level packages of an installed distribution lie."""
-    wanted = re.sub(
-        r"[-_.]+", "-", name
-    ).lower()  # as indexes compare names (PEP 503)
-    found = []
-    for package, names in sorted(
-        importlib.metadata.packages_distributions().items()
-    ):
-        if wanted in {re.sub(r"[-_.]+", "-", other).lower() for other in names}:
-            found += find_package(package)
-    return found
+
+    def normal(name: str) -> str:  # as package indexes compare names (PEP 503)
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    packages = importlib.metadata.packages_distributions().items()
+    chosen = [p for p, names in packages if normal(name) in map(normal, names)]
+    return [source for found in sorted(chosen) for source in find_package(found)]
 
 
 def find_sources(spec: str) -> list[Source]:
@@ -201,7 +198,7 @@ def guess(part: str, folder: str) -> str:
 
 @dataclass(frozen=True)
 class File:
-    """A candidate: its package, its path as shown, its place on disk, its bytes."""
+    """A candidate: its package, its path as shown, its place on disk, its size."""
 
     package: str
     path: str

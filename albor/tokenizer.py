@@ -111,9 +111,7 @@ def find_fault(backend: tokenizers.Tokenizer) -> str | None:
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         return f"its {len(vocabulary)} ids are not 0 to {len(vocabulary) - 1}"
     if len(vocabulary) > 65_536:
-        return (
-            f"{len(vocabulary)} entries; token files hold 16-bit ids, 65536 at most"
-        )
+        return f"{len(vocabulary)} entries; ids are kept in 16 bits, 65536 at most"
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - vocabulary.keys()
     if missing:
         return f"{len(missing)} of the 256 bytes have no token"
@@ -158,9 +156,7 @@ class Tokenizer:
                 "(256 bytes, 7 control tokens) to 65536 (ids are kept in 16 bits)"
             )
         if isinstance(texts, str):
-            raise TokenizerError(
-                "texts is one str; give a list of documents: [text]"
-            )
+            raise TokenizerError("texts is one str; give a list of texts: [text]")
         seen = 0
 
         def checked() -> Iterator[str]:
@@ -233,9 +229,7 @@ class Tokenizer:
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """The ids of every text, computed on all cores."""
         if isinstance(texts, str):
-            raise TokenizerError(
-                "texts is one str; call encode(text) or give [text]"
-            )
+            raise TokenizerError("texts is one str; give a list of texts: [text]")
         texts = list(texts)
         for index, text in enumerate(texts):  # a tuple would be read as two texts
             check_text(text, f"texts[{index}]")
