@@ -289,7 +289,7 @@ def test_a_folder_counts_with_what_is_committed_in_it(project):
         ('root / "settings" / "a.txt"', {"settings/a.txt"}),
         ('root / "book" / "intro.md"', {"book/intro.md"}),
         ('open("./book/intro.md")', {"book/intro.md"}),
-        ('"book", "notebooks", "albor", "_toc.yml", ".", ""', set()),
+        ('["book", "notebooks", "albor", "_toc.yml", ".", ""]', set()),
     ],
 )
 def test_paths_are_told_from_words(project, source, read):
@@ -482,6 +482,26 @@ def test_a_failing_cell_is_named_and_leaves_the_notebook_alone(project):
         "beta.ipynb",
         "gamma.ipynb",
     ]
+
+
+def test_a_kernel_that_dies_is_named(project):
+    edit(project, "book/alpha.md", "print(double(2))", "import os\n\nos._exit(3)")
+    with pytest.raises(BookError, match=r"book/alpha\.md:\d+: the cell failed"):
+        list(keep(project, []))
+
+
+def test_a_kernel_that_does_not_start_is_tried_again(project, monkeypatch):
+    tried = []
+
+    def start(self, **options):
+        tried.append(options)
+        raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr(keeper.NotebookClient, "execute", start)
+    (project / "notebooks/alpha.ipynb").unlink()
+    with pytest.raises(BookError, match="does not start"):
+        list(keep(project, []))
+    assert len(tried) == keeper.KERNEL_STARTS
 
 
 def test_an_error_that_is_the_lesson_is_kept(project):

@@ -42,6 +42,7 @@ from tools.export import exported
 from tools.leaks import leaks
 
 SECONDS_PER_CELL = 600
+KERNEL_STARTS = 3
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LANGUAGE = {
     "codemirror_mode": {"name": "ipython", "version": 3},
@@ -136,37 +137,46 @@ def as_text(notebook: NotebookNode) -> str:
 
 def execute(chapter: Chapter) -> NotebookNode:
     """Run the cells in a new kernel, in `notebooks/`, with ALBOR_TEST=1."""
-    notebook = nbformat.from_dict(chapter.source)
     folder = chapter.notebook_path.parent
     folder.mkdir(exist_ok=True)
     paths = [str(chapter.root), os.environ.get("PYTHONPATH", "")]
     search = os.pathsep.join(path for path in paths if path)
     environment = {**os.environ, "ALBOR_TEST": "1", "PYTHONPATH": search}
     environment.pop("MPLBACKEND", None)  # it would keep figures out of the outputs
-    client = NotebookClient(
-        notebook,
-        timeout=SECONDS_PER_CELL,
-        kernel_name="python3",
-        extra_arguments=["--log-level=ERROR"],
-        record_timing=False,
-        resources={"metadata": {"path": str(folder)}},
-    )
-    current = [notebook.cells[0]]
-    client.on_cell_start = lambda cell, cell_index: current.__setitem__(0, cell)
-    try:
-        client.execute(env=environment)
-    except CellTimeoutError as error:
-        raise BookError(
-            f"{chapter.place(current[0])}: the cell took over {SECONDS_PER_CELL} "
-            "seconds; give it less to do"
-        ) from error
-    except (CellExecutionError, DeadKernelError) as error:
-        message = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-        raise BookError(
-            f"{chapter.place(current[0])}: the cell failed; mend it, or tag it "
-            f"`raises-exception` if the error is the lesson\n{message}"
-        ) from error
-    return notebook
+    for attempt in range(KERNEL_STARTS):
+        notebook = nbformat.from_dict(chapter.source)
+        begun: list[NotebookNode] = []
+        client = NotebookClient(
+            notebook,
+            timeout=SECONDS_PER_CELL,
+            kernel_name="python3",
+            extra_arguments=["--log-level=ERROR"],
+            record_timing=False,
+            resources={"metadata": {"path": str(folder)}},
+            on_cell_start=lambda cell, cell_index, begun=begun: begun.append(cell),
+        )
+        try:
+            client.execute(env=environment)
+            return notebook
+        except CellTimeoutError as error:
+            raise BookError(
+                f"{chapter.place(begun[-1])}: the cell took {SECONDS_PER_CELL} "
+                "seconds and more; give it less to do"
+            ) from error
+        except (CellExecutionError, DeadKernelError) as error:
+            message = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+            raise BookError(
+                f"{chapter.place(begun[-1])}: the cell failed; mend it, or tag it "
+                f"`raises-exception` if the error is the lesson\n{message}"
+            ) from error
+        except (AssertionError, RuntimeError) as error:
+            # Before the first cell: another process took the port, perhaps.
+            if begun or attempt + 1 == KERNEL_STARTS:
+                raise BookError(
+                    f"notebooks/{chapter.name}.ipynb: its kernel does not start "
+                    f"({error}); try again, or `make clean` and make it anew"
+                ) from error
+    raise AssertionError("unreachable")
 
 
 def refuse_leaks(chapter: Chapter, notebook: NotebookNode) -> None:
