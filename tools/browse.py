@@ -53,7 +53,7 @@ FLAGS = (
     # No name resolves but the loopback address: a page that needs the net fails.
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 )
-DESKTOP = (1440, 900)
+DESKTOP = (1280, 800)
 PHONE = (390, 844)
 CONTRAST = 4.5
 TALLEST = 12_000  # of a picture, in pixels
