@@ -1,3 +1,4 @@
+# Generated from book/checkpoint.md: edit the chapter, not this file.
 """The full training state: a killed run goes on from it as if nothing had been.
 
 Notable:
@@ -29,10 +30,27 @@ from albor.weights import (
     read_tensors,
     refuse_nonfinite,
 )
-from albor.weights import (
-    load_model as load_model,
-)  # the two halves of the subject are
-from albor.weights import save_model as save_model  # found in one place, this one
+from albor.weights import load_model as load_model  # both halves of the subject
+from albor.weights import save_model as save_model  # can be had from this module
+
+__all__ = [
+    "FORMAT",
+    "MOMENTS",
+    "forget_states_after",
+    "latest_state",
+    "load_state",
+    "moment_tensors",
+    "random_states",
+    "remove_state",
+    "save_state",
+    "saved_states",
+    "sound_state",
+    "state_bytes",
+    "trained",
+    "verify_state",
+    "write_files",
+]
+
 
 FORMAT = 1  # of the state folder
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
@@ -49,7 +67,7 @@ def state_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def saved_states(folder: str | Path) -> dict[int, Path]:
-    """The states in `folder`, sound or not, by the step in their name, last first."""
+    """States in `folder`, sound or not, by the step in their name, last first."""
     paths = (Path(folder) / "state").glob("step-*")
     named = {path: re.fullmatch(r"step-(0|[1-9]\d*)", path.name) for path in paths}
     found = {int(match[1]): path for path, match in named.items() if match}
@@ -64,25 +82,21 @@ def verify_state(path: str | Path) -> dict[str, Any]:
         if record.pop("digest") != artifacts.digest(record):
             raise ValueError("state.json was changed or damaged")
         if record["format"] != FORMAT:
-            raise ValueError(
-                f"format {record['format']}; this program reads {FORMAT}"
-            )
+            raise ValueError(f"format {record['format']}; only {FORMAT} is read")
         for name, expected in record["files"].items():
             if artifacts.sha256_file(path / name) != expected:
-                raise ValueError(
-                    f"{name} does not have the SHA-256 recorded for it"
-                )
+                raise ValueError(f"{name} does not have its recorded SHA-256")
         return record
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is no sound state: {error}") from error
 
 
-def is_sound(path: str | Path) -> bool:
-    """Whether a state is complete and undamaged."""
+def sound_state(path: str | Path) -> dict[str, Any] | None:
+    """The record of a state, or None if it is missing, incomplete or damaged."""
     try:
-        return bool(verify_state(path))
+        return verify_state(path)
     except CheckpointError:
-        return False
+        return None
 
 
 def latest_state(folder: str | Path) -> Path | None:
@@ -97,33 +111,12 @@ def latest_state(folder: str | Path) -> Path | None:
     return None
 
 
-def remove(path: Path) -> None:
-    """Remove a state: out of sight in one rename, then file by file."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        trash = path.with_name(f".{path.name}.old")
-        shutil.rmtree(trash, ignore_errors=True)
-        os.rename(path, trash)
-        shutil.rmtree(trash)
-
-
-def forget_states_after(folder: str | Path, step: int) -> list[Path]:
-    """Remove the states of later steps: do it before going on from an older one."""
-    later = [path for number, path in saved_states(folder).items() if number > step]
-    for path in later:
-        remove(path)
-    return later
-
-
 def trained(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """The parameters that the optimizer holds, by name; none may be left out."""
     held = {p for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         if p.requires_grad and p not in held:
-            raise CheckpointError(
-                f"{name} is not in the optimizer: it could not resume"
-            )
+            raise CheckpointError(f"{name} is not in the optimizer")
     return {name: p for name, p in model.named_parameters() if p in held}
 
 
@@ -137,9 +130,7 @@ def moment_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
         fresh = (torch.zeros_like(p), torch.zeros_like(p), torch.zeros(()))
         state = optimizer.state.get(p) or dict(zip(MOMENTS, fresh, strict=True))
         if sorted(state) != sorted(MOMENTS):
-            raise CheckpointError(
-                f"{name} keeps {sorted(state)}, not AdamW's {MOMENTS}"
-            )
+            raise CheckpointError(f"{name} has {[*state]}; AdamW has {[*MOMENTS]}")
         tensors |= {f"{name}.{part}": state[part].detach() for part in MOMENTS}
     return tensors
 
@@ -147,14 +138,13 @@ def moment_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 def random_states() -> dict[str, Tensor]:
     """The states of PyTorch's random generators: the CPU's, CUDA's if in use."""
     used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    cuda = torch.cuda.get_rng_state_all() if used else []
-    return {"cpu": torch.get_rng_state()} | {
-        f"cuda:{i}": s for i, s in enumerate(cuda)
-    }
+    states = torch.cuda.get_rng_state_all() if used else []
+    cuda = {f"cuda:{index}": state for index, state in enumerate(states)}
+    return {"cpu": torch.get_rng_state()} | cuda
 
 
-def write_state(
-    folder: Path, tensors: dict[str, dict[str, Tensor]], record: dict[str, Any]
+def write_files(
+    folder: Path, tensors: Mapping[str, dict[str, Tensor]], record: dict[str, Any]
 ) -> dict[str, str]:
     """Write and flush the files of a state; return their SHA-256 by file name."""
     folder.mkdir()
@@ -167,10 +157,33 @@ def write_state(
             os.fsync(file.fileno())
         files[path.name] = artifacts.sha256_file(path)
     record = {**record, "format": FORMAT, "files": files}
-    record["digest"] = artifacts.digest(record)
-    artifacts.write_json(folder / "state.json", record)
+    digest = artifacts.digest(record)
+    artifacts.write_json(folder / "state.json", {**record, "digest": digest})
     artifacts.sync_folder(folder)
     return files
+
+
+def remove_state(path: Path) -> None:
+    """Remove a state: out of sight in one rename, then file by file."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        trash = path.with_name(f".{path.name}.old")
+        shutil.rmtree(trash, ignore_errors=True)
+        os.rename(path, trash)
+        shutil.rmtree(trash)
+
+
+def forget_states_after(folder: str | Path, step: int) -> list[Path]:
+    """Remove the states of later steps, and return what they were.
+
+    To be called before a run goes on from an older state: `latest_state` would find
+    the later ones, which belong to a future that is not going to happen.
+    """
+    later = [path for at, path in saved_states(folder).items() if at > step]
+    for path in later:
+        remove_state(path)
+    return later
 
 
 def save_state(
@@ -183,56 +196,53 @@ def save_state(
 ) -> Path:
     """Write all that training needs to go on to `folder/state/step-N`; return that.
 
-    `extra` is the caller's, in JSON. Once this is complete, all but the `keep` newest
-    are removed. A sound state is never rewritten: for the same weights and
-    moments it stays, for others the call is refused. A folder has one writer.
+    `extra` is the caller's, in JSON. Once this is complete, all but the `keep` last
+    are removed. A sound state is never rewritten: for the same weights and moments
+    it stays, for others the call is refused. A folder has one writer.
     """
     if step < 0 or keep < 1:
-        raise CheckpointError(
-            f"step = {step}, keep = {keep}: need at least 0 and 1"
-        )
+        raise CheckpointError(f"need step >= 0 and keep > 0, got {step} and {keep}")
     states = Path(folder) / "state"
     final, beside = states / f"step-{step}", states / f".step-{step}.new"
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = moment_tensors(model, optimizer)
     refuse_nonfinite(weights | moments, f"step {step}")
     tensors = {"model": weights, "optimizer": moments, "rng": random_states()}
-    record = {
-        "step": step,
-        "extra": extra,
-        "model": dataclasses.asdict(model.config),
-    }
-    for number, path in saved_states(folder).items():
-        if number > step and is_sound(path):
+    shape = dataclasses.asdict(model.config)
+    record = {"step": step, "extra": extra, "model": shape}
+    try:
+        artifacts.to_json(extra)
+    except artifacts.ArtifactError as error:
+        raise CheckpointError(f"extra of step {step}: {error}") from error
+    for at, path in saved_states(folder).items():
+        if at > step and sound_state(path):
             raise CheckpointError(
                 f"{path} is later than step {step}: go on from there, give another "
                 f"folder, or drop it with forget_states_after(folder, {step})"
             )
-    with disk_errors(states, state_bytes({n: p.shape for n, p in weights.items()})):
+    with disk_errors(states, state_bytes({n: t.shape for n, t in weights.items()})):
         for leftover in states.glob(".step-*"):
             shutil.rmtree(leftover)
         try:
-            files = write_state(beside, tensors, record)
-            if final.exists() and is_sound(final):
-                same = verify_state(final)["files"] | {"rng.safetensors": ""}
-                if same != files | {"rng.safetensors": ""}:
+            files = write_files(beside, tensors, record)
+            if found := sound_state(final):
+                names = ("model.safetensors", "optimizer.safetensors")
+                if any(found["files"][name] != files[name] for name in names):
                     raise CheckpointError(
-                        f"{final} holds other weights or moments, and stays; give "
+                        f"{final} has other weights or moments, and stays; give "
                         "another folder, or drop it with "
                         f"forget_states_after(folder, {step - 1})"
                     )
-                return final
-            if final.exists() or final.is_symlink():
-                remove(final)
-            os.rename(beside, final)
-            artifacts.sync_folder(states)
+            else:
+                if final.exists() or final.is_symlink():
+                    remove_state(final)
+                os.rename(beside, final)
+                artifacts.sync_folder(states)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-        older = [
-            path for number, path in saved_states(folder).items() if number < step
-        ]
+        older = [path for at, path in saved_states(folder).items() if at < step]
         for path in older[keep - 1 :]:
-            remove(path)
+            remove_state(path)
     return final
 
 
@@ -247,13 +257,10 @@ def load_state(
     """
     path = Path(path)
     record, config = verify_state(path), dataclasses.asdict(model.config)
-    if differ := [key for key in config if config[key] != record["model"].get(key)]:
-        raise CheckpointError(
-            f"{path} is of another model: "
-            + "; ".join(
-                f"{k} {record['model'].get(k)}, here {config[k]}" for k in differ
-            )
-        )
+    saved = record["model"]
+    if differ := [key for key in config if config[key] != saved.get(key)]:
+        pairs = [f"{key} {saved.get(key)}, here {config[key]}" for key in differ]
+        raise CheckpointError(f"{path} is of another model: {'; '.join(pairs)}")
     parameters, held = dict(model.named_parameters()), trained(model, optimizer)
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     weights = read_tensors(path / "model.safetensors", shapes, ("F32",))
