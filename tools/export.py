@@ -38,13 +38,13 @@ def assigned(body: list[ast.stmt]) -> Iterator[str]:
                 yield from assigned(getattr(statement, part, []))
 
 
-def public_names(tree: ast.Module) -> list[str]:
-    """Public names that a module defines at its top level, constants first."""
+def public_names(statements: list[ast.stmt]) -> list[str]:
+    """Public names that a module's statements define, constants first."""
 
     def order(name: str) -> tuple[int, str]:
         return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
 
-    names = {name for name in assigned(tree.body) if not name.startswith("_")}
+    names = {name for name in assigned(statements) if not name.startswith("_")}
     return sorted(names, key=order)
 
 
@@ -84,7 +84,7 @@ def exported(chapter: Chapter) -> str | None:
     head = [s for s in head if not isinstance(s, (ast.FunctionDef, ast.ClassDef))]
     last = (head or trees[0].body[:1])[-1].end_lineno or 0
     lines = cells[0].source.split("\n")
-    names = public_names(ast.parse("\n\n".join(cell.source for cell in cells)))
+    names = public_names([statement for tree in trees for statement in tree.body])
     listing = f"__all__ = {names!r}" if names else "__all__: list[str] = []"
     note = (
         f"# Generated from book/{chapter.name}.md: edit the chapter, not this file."
