@@ -274,6 +274,11 @@ def test_a_shorter_run_keeps_its_share_of_warm_up(steps, data):
         assert abs(plan.warmup_steps - warmup * steps / old_steps) <= 1
 
 
+def test_a_warm_up_that_is_rounded_up_still_ends_before_the_run():
+    plan = recipe(max_steps=10, warmup_steps=9).with_training(max_steps=5).training
+    assert plan.warmup_steps == 4  # nine tenths of five, rounded up, would be five
+
+
 def test_other_training_values_are_checked_and_explicit_ones_win():
     old = recipe(max_steps=100, warmup_steps=20)
     assert (
