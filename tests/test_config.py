@@ -426,7 +426,7 @@ def test_rows_of_the_card():
 @given(
     st.integers(1, 12),
     st.integers(1, 12),
-    st.integers(3_000_000, 9_000_000),
+    st.integers(7_000_000, 60_000_000),
     st.sampled_from(["fp16", "bf16", "fp32", "auto"]),
 )
 def test_the_largest_micro_batch_that_fits(batch, accumulation, room, precision):
