@@ -23,10 +23,12 @@ test: $(READY) ## Run every test, and every cell of every notebook against its s
 	$(BIN)/python -m pytest --nbval --cov=albor --cov-report=term tests notebooks
 
 check: $(READY) ## Find what is stale or wrong: twins, modules, outputs, style, types
-	$(BIN)/python -m tools check
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check albor tools tests conftest.py
-	$(BIN)/mypy albor tools
+	@faults=0; \
+	$(BIN)/python -m tools check || faults=1; \
+	$(BIN)/ruff check . || faults=1; \
+	$(BIN)/ruff format --check albor tools tests conftest.py || faults=1; \
+	$(BIN)/mypy albor tools || faults=1; \
+	exit $$faults
 
 notebooks: $(READY) ## Export, execute what is stale, write the notebooks (NAME=... for one)
 	$(BIN)/python -m tools notebooks $(NAME)
