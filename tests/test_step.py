@@ -74,7 +74,7 @@ def gradients(model, inputs, targets, micro_batch, **how):
 def test_slices_add_up_to_the_gradient_of_the_batch(
     slices, micro_batch, left_out, seed
 ):
-    """Against plain cross-entropy over all targets at once, ignored ones included."""
+    """Against plain cross-entropy over all targets at once."""
     inputs, targets = batch(slices * micro_batch, 7, seed)
     drop = torch.rand(targets.shape) < left_out
     drop[:, 0] = False  # each slice keeps a target
@@ -103,7 +103,7 @@ def test_slices_agree_in_float32():
 
 
 def test_step_equals_a_plain_loop_with_clipping():
-    """Five steps against torch's own clip and AdamW, with another rate each time."""
+    """Five steps against the clip and the AdamW of torch, at changing rates."""
     model, plain = Albor(CONFIG, seed=3), Albor(CONFIG, seed=3)
     optimizer, other = (
         build_optimizer(model, RECIPE),
@@ -290,8 +290,13 @@ def test_precisions(monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "expected"),
-    [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16")]
-    + [((9, 0), "bf16"), ((12, 0), "bf16")],
+    [
+        ((6, 1), "fp32"),
+        ((7, 0), "fp16"),
+        ((7, 5), "fp16"),
+        ((8, 0), "bf16"),
+        ((12, 0), "bf16"),
+    ],
 )
 def test_precision_by_gpu_generation(monkeypatch, capability, expected):
     monkeypatch.setattr(
