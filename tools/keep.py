@@ -254,7 +254,7 @@ def adopt(root: Path, name: str) -> str:
     stored = chapter.stored
     if stored is None:
         raise BookError(
-            f"notebooks/{name}.ipynb: no such notebook; nothing to adopt"
+            f"notebooks/{name}.ipynb: no such notebook; try `make adopt NAME=model`"
         )
     if not edited_notebook(chapter):
         return f"notebooks/{name}.ipynb: holds no edits; nothing to adopt"
