@@ -1,8 +1,10 @@
 """Recipes: strict reading, the contract C-TRAINCFG-001, the micro-batch."""
 
+import ast
 import dataclasses
 import math
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from albor.config import (
     PRESETS,
     ConfigError,
     DataConfig,
+    ModelConfig,
     OptimizerConfig,
     Recipe,
     TrainingConfig,
@@ -28,6 +31,7 @@ from albor.config import (
 )
 
 TRAIN = project_path("configs/train")
+ALBOR = project_path("albor")
 NAMES = sorted(path.stem for path in TRAIN.glob("*.yaml"))
 TINY = (TRAIN / "pretrain-tiny.yaml").read_text(encoding="utf-8")
 
@@ -303,6 +307,18 @@ def test_other_training_values_are_checked_and_explicit_ones_win():
 def test_a_recipe_s_parts_must_be_what_they_are_called():
     with pytest.raises(ConfigError, match="model = "):
         dataclasses.replace(recipe(), model={"preset": "albor-tiny"})
+
+
+def test_every_key_is_read_by_somebody():
+    """ALB-079: a key that is accepted and changes nothing is a lie."""
+    sources = [path.read_text(encoding="utf-8") for path in ALBOR.glob("*.py")]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    run = project_path("book/pretrain.md").read_text(encoding="utf-8")
+    read |= set(re.findall(r"\b(?:data|training)\.(\w+)", run))
+    parts = (ModelConfig, DataConfig, OptimizerConfig, TrainingConfig)
+    keys = {field.name for part in parts for field in dataclasses.fields(part)}
+    assert keys - read == {"mode"}  # it has one value, which says what all of it is
 
 
 # The contract C-TRAINCFG-001.
