@@ -39,9 +39,9 @@ __all__ = [
     "choose_held_out",
     "licences",
     "rank",
-    "report",
     "split",
     "take",
+    "tally",
 ]
 
 
@@ -88,8 +88,8 @@ def choose_held_out(sizes: dict[str, int], val_bytes: int, seed: int) -> list[st
 
     In the order of their ranks, packages of at most a quarter of `val_bytes` are
     taken until three quarters are reached: no draw can hold out a giant, and none
-    ends far from its mark. Where the small ones do not make up half, the smallest of
-    the others follow, for the caller to cut to size. One package is left to train on.
+    ends far from its mark. Where the small ones do not make up half, the smallest
+    of the others follow, for the caller to cut to size. One package always stays.
     """
     ranked = sorted(sizes, key=lambda name: rank(seed, name))
     small = [name for name in ranked if sizes[name] * 4 <= val_bytes]
@@ -187,7 +187,7 @@ def licences(packages: set[str]) -> dict[str, dict[str, str]]:
     return dict(sorted(found.items()))
 
 
-def report(parts: dict[str, list[Document]], dropped: Dropped) -> dict[str, Any]:
+def tally(parts: dict[str, list[Document]], dropped: Dropped) -> dict[str, Any]:
     """Counts of what was kept and left out, as plain JSON."""
     packages: dict[str, Counter[str]] = defaultdict(
         lambda: Counter(files=0, **dict.fromkeys(parts, 0))
@@ -225,10 +225,9 @@ def build_corpus(
     """
     settings = {"max_bytes": max_bytes, "val_bytes": val_bytes, "seed": seed}
     for key, value in settings.items():
-        if type(value) is not int or value < {"val_bytes": 1}.get(key, 0):
-            raise CorpusError(
-                f"{key} = {value!r}: give a whole number, not below 0"
-            )
+        least = 1 if key == "val_bytes" else 0
+        if type(value) is not int or value < least:
+            raise CorpusError(f"{key} = {value!r}: give a whole number >= {least}")
     sources = find_sources(spec)
     listed: Dropped = defaultdict(list)
     files = scan(sources, listed)
@@ -247,7 +246,7 @@ def build_corpus(
         ]
         usable = sum(map(len, parts.values()))
         raise CorpusError(
-            f"corpus {spec or 'of this Python'!r} has {usable} usable Python files "
+            f"corpus {spec or 'of this Python'!r} has {usable} usable files "
             f"(left out: {', '.join(counts) or 'none'}); two are the least, one to "
             "train on and one to hold out"
         )
@@ -279,7 +278,7 @@ def build_corpus(
             "spec": shown(spec),
             **settings,
             "split_by": "file" if unit == "path" else unit,
-            **report(parts, dropped),
+            **tally(parts, dropped),
             "licences": found,
             "notes": notes,
         },
