@@ -260,6 +260,7 @@ PLANTED = {
     "math": ('<span class="math">x</span>', "formula not rendered"),
     "raw": ("<p>where \\(x\\) is small</p>", "raw formula"),
     "macro": ("<p>where $\\eta$ is small</p>", "raw formula"),
+    "torn": ("<p>the first $t</p><ul><li>1$ keys</li></ul>", "raw formula"),
     "role": ("<p>see {doc}`/notebooks/model`</p>", "raw markup"),
     "merror": (
         '<span class="math"><mjx-container><svg width="9" height="9">'

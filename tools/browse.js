@@ -66,7 +66,7 @@ const look = {
       faults.push(`formula with an error: ${(math ?? error).textContent.trim().slice(0, 60)}`);
     }
     const prose = look.prose();
-    for (const raw of prose.match(/\\[([a-zA-Z].{0,40}|\$\$.{0,40}/g) ?? []) faults.push(`raw formula: ${raw}`);
+    for (const raw of prose.match(/\\[([a-zA-Z].{0,40}|\$[$a-zA-Z({].{0,40}|[\w)}]\$(?!\w).{0,40}/g) ?? []) faults.push(`raw formula: ${raw}`);
     for (const raw of prose.match(/\{[a-z:]+\}`.{0,40}|^:{3,}.{0,40}/gm) ?? []) faults.push(`raw markup: ${raw}`);
     return faults;
   },
