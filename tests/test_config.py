@@ -463,3 +463,10 @@ def test_the_largest_micro_batch_that_fits(batch, accumulation, room, precision)
     else:
         with pytest.raises(ConfigError, match=f"available_bytes = {room:,}"):
             fit_micro_batch(made, room)
+
+
+def test_memory_that_just_suffices_suffices():
+    made = recipe(mixed_precision="bf16")
+    need = memory_estimate(made.model, 3, 5, "bf16")["total"]
+    assert fit_micro_batch(made, need) == (3, 1)
+    assert fit_micro_batch(made, need - 1) == (1, 3)  # 2 does not divide 3
