@@ -64,7 +64,7 @@ MIN_LETTERS = 0.25  # the share of characters that are letters
 
 # By these phrases in its first lines a file says that a program wrote it.
 GENERATED = re.compile(
-    r"@generated|do not (edit|modify)|auto(matically|-|\s)\s*generated"
+    r"@generated|do not (edit|modify)|auto(matically|-)?\s*generated"
     r"|^#.*\bgenerated (by|from|and used)\b",
     re.IGNORECASE | re.MULTILINE,
 )
