@@ -61,16 +61,17 @@ def evaluate_loss(
     """Mean cross-entropy in nats over rows of `tokens`, and how many it judged.
 
     The stream is cut every `seq_len` tokens, each row's last target being the next
-    row's first token. Of these rows `sequences` are taken, evenly spaced, the same
-    ones each time; 0 takes all.
+    row's first token; a stream too short for that is one shorter row. Of the rows
+    `sequences` are taken, evenly spaced, the same ones each time; 0 takes all.
     """
     stream = tokens.tokens if isinstance(tokens, TokenFile) else tokens
-    rows = (len(stream) - 1) // seq_len
-    if not rows:
+    if len(stream) < 2:
         raise DataError(
-            f"{len(stream)} validation tokens make no row of {seq_len} + 1: "
-            "hold out more text (data.val_bytes) or shorten data.seq_len"
+            f"{len(stream)} validation tokens: 2 are the least, one to predict the "
+            "other from; hold out more text (data.val_bytes)"
         )
+    seq_len = min(seq_len, len(stream) - 1)
+    rows = (len(stream) - 1) // seq_len
     count = min(sequences or rows, rows)
     chosen = np.arange(count) * rows // count  # evenly spaced, first row included
     device = next(model.parameters()).device
@@ -156,16 +157,13 @@ def progress_line(
     record: dict[str, Any], max_steps: int, seconds_left: float
 ) -> str:
     """One line of live progress, for people."""
-    done = f"{record['step'] + 1:>{len(str(max_steps))}}/{max_steps}"
+    done = f"{record['step'] + 1}/{max_steps}"
     judged = (
         f"  validation {record['val_loss']:.3f}" if "val_loss" in record else ""
     )
-    minutes, seconds = divmod(round(seconds_left), 60)
-    return (
-        f"step {done}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  "
-        f"{record['tokens_per_second']:,.0f} tokens/s  "
-        f"{minutes}m{seconds:02d}s left{judged}"
-    )
+    left = f"{int(seconds_left) // 60}m{int(seconds_left) % 60:02d}s left"
+    speed = f"{record['tokens_per_second']:,.0f} tokens/s  {left}{judged}"
+    return f"step {done}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  {speed}"
 
 
 def scheduled_rate(recipe: Recipe, step: int) -> float:
