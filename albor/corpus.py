@@ -88,12 +88,14 @@ def choose_held_out(sizes: dict[str, int], val_bytes: int, seed: int) -> list[st
 
     In the order of their ranks, packages of at most a quarter of `val_bytes` are
     taken until three quarters are reached: no draw can hold out a giant, and none
-    ends far from its mark. Where the small ones do not make up half, the smallest
-    of the others follow, for the caller to cut to size. One package always stays.
+    ends far from its mark. Where the small ones do not make up half, others follow,
+    those up to `val_bytes` first and then the smallest, for the caller to cut to
+    size. One package is always left to train on.
     """
     ranked = sorted(sizes, key=lambda name: rank(seed, name))
     small = [name for name in ranked if sizes[name] * 4 <= val_bytes]
-    large = sorted(sizes.keys() - set(small), key=lambda name: (sizes[name], name))
+    large = [name for name in ranked if sizes[name] * 4 > val_bytes]
+    large.sort(key=lambda name: max(sizes[name], val_bytes))  # else still by rank
     held: list[str] = []
     total = 0
     for names, enough in ((small, 0.75 * val_bytes), (large, 0.5 * val_bytes)):
