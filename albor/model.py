@@ -136,16 +136,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=wide) if grad else None
         for i in range(0, len(hidden), chunk):
             rows = hidden[i : i + chunk].to(low)  # (n, D)
-            keep = counted[i : i + chunk]  # (n,)
-            at = torch.arange(len(rows), device=rows.device)
-            target = targets[i : i + chunk].masked_fill(~keep, 0)
+            keep = counted[i : i + chunk, None]  # (n, 1)
+            target = targets[i : i + chunk, None].masked_fill(~keep, 0)
             logits = (rows @ matrix.T).to(wide)  # (n, V)
-            log_z = logits.logsumexp(dim=-1)
-            loss += (log_z - logits[at, target]).masked_fill(~keep, 0.0).sum()
+            log_z = logits.logsumexp(dim=-1, keepdim=True)
+            loss += (log_z - logits.gather(1, target)).masked_fill(~keep, 0.0).sum()
             if d_hidden is not None and d_weight is not None:
                 log_z = log_z.masked_fill(~keep, torch.inf)  # softmax: zero
-                slope = logits.sub_(log_z[:, None]).exp_()  # in place of the logits
-                slope[at, target] -= keep.to(wide)
+                slope = logits.sub_(log_z).exp_()  # in place of the logits
+                slope.scatter_add_(1, target, -keep.to(wide))  # minus one-hot
                 d_hidden[i : i + chunk] = slope.to(low) @ matrix
                 d_weight += slope.to(low).T @ rows
         # Gradients of the sum. The division by the count waits for backward, where
@@ -226,11 +225,12 @@ class Albor(nn.Module):
         """Accept `lm_head.weight` in a state dict if it equals the embedding."""
         head = state.pop(f"{prefix}lm_head.weight", None)
         embedding = state.get(f"{prefix}model.embed_tokens.weight")
-        tied = embedding is not None and head is not None
-        if head is not None and not (tied and torch.equal(head, embedding)):
+        if head is None:
+            return
+        if embedding is None or not torch.equal(head, embedding):
             raise ValueError(
-                "lm_head.weight differs from model.embed_tokens.weight: the head of "
-                "this model is its embedding, so no other head can be loaded"
+                "lm_head.weight differs from model.embed_tokens.weight: the head "
+                "of this model is its embedding, so no other head can be loaded"
             )
 
     def forward(
@@ -251,5 +251,6 @@ class Albor(nn.Module):
 
     def new_caches(self, max_length: int | None = None) -> list[KVCache]:
         """An empty cache per layer; without max_length, as long as the context."""
-        length = max_length or self.config.max_position_embeddings
+        longest = self.config.max_position_embeddings
+        length = longest if max_length is None else max_length
         return [KVCache(length) for _ in self.model.layers]
