@@ -129,7 +129,7 @@ class ModelConfig:
 
 PRESETS = {  # V, D, F, layers, H, K, longest sequence
     "albor-tiny": ModelConfig(1000, 64, 256, 2, 2, 2, 256),  # for tests
-    "albor-small": ModelConfig(32768, 256, 768, 4, 4, 2, 256),  # for two CPU cores
+    "albor-small": ModelConfig(32768, 128, 384, 4, 4, 2, 256),  # for two CPU cores
     "albor-50m": ModelConfig(32768, 512, 2048, 12, 8, 2, 2048),
     "albor-base-350m": ModelConfig(32768, 1024, 4096, 24, 16, 4, 2048),  # the card
 }
