@@ -138,15 +138,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = hidden[i : i + chunk].to(low)  # (n, D)
             keep = counted[i : i + chunk, None]  # (n, 1)
             target = targets[i : i + chunk, None].masked_fill(~keep, 0)
-            logits = (rows @ matrix.T).to(wide)  # (n, V)
-            log_z = logits.logsumexp(dim=-1, keepdim=True)
+            logits = rows @ matrix.T  # (n, V)
+            slope = logits.softmax(dim=-1)  # summed in `wide`, rounded once
+            # The largest entry is exp(largest logit) / Z: no second sum for log Z.
+            log_top = slope.amax(dim=-1, keepdim=True).to(wide).log()
+            log_z = logits.amax(dim=-1, keepdim=True).to(wide) - log_top
             loss += (log_z - logits.gather(1, target)).masked_fill(~keep, 0.0).sum()
             if d_hidden is not None and d_weight is not None:
-                log_z = log_z.masked_fill(~keep, torch.inf)  # softmax: zero
-                slope = logits.sub_(log_z).exp_()  # in place of the logits
-                slope.scatter_add_(1, target, -keep.to(wide))  # minus one-hot
-                d_hidden[i : i + chunk] = slope.to(low) @ matrix
-                d_weight += slope.to(low).T @ rows
+                slope.scatter_add_(1, target, -torch.ones_like(slope[:, :1]))
+                d_hidden[i : i + chunk] = (slope @ matrix) * keep
+                d_weight += slope.T @ (rows * keep)
         # Gradients of the sum. The division by the count waits for backward, where
         # the loss scale comes in: before, 16 bits could not hold the quotient.
         ctx.save_for_backward(d_hidden, d_weight, counted.sum())
@@ -169,8 +170,8 @@ def linear_cross_entropy(
 
     hidden is (N, D), weight (V, D), targets (N,) of ids, or -100 for a token that
     does not count; where none counts the mean is NaN. The gradient is computed on
-    the way forward, (chunk, V) numbers at a time. Products are in autocast's type,
-    softmax and sums at least in float32.
+    the way forward, (chunk, V) numbers at a time. Products are in autocast's type;
+    softmax sums in float32 or wider and is rounded to that type once.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: it must be at least 1")
