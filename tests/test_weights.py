@@ -160,17 +160,20 @@ def test_half_precision_becomes_float32(folder, dtype):
         assert p.dtype == torch.float32 and torch.equal(p, halves[name].float())
 
 
-def test_equal_weights_give_equal_bytes_in_every_process(tmp_path, folder):
+def test_equal_weights_give_equal_bytes_in_every_process(tmp_path, folder, model):
+    original = (folder / "model.safetensors").read_bytes()
+    for _ in range(
+        8
+    ):  # the library's own order of metadata changes from call to call
+        save_model(tmp_path / "again", model)
+        assert (tmp_path / "again" / "model.safetensors").read_bytes() == original
     code = (
-        "import sys; from albor.weights import *; "
+        "import sys; from albor.weights import load_model, save_model; "
         "save_model(sys.argv[2], load_model(sys.argv[1]))"
     )
-    original = (folder / "model.safetensors").read_bytes()
-    for seed in ("1", "2"):
-        env = os.environ | {"PYTHONHASHSEED": seed}
-        arguments = [sys.executable, "-c", code, str(folder), str(tmp_path / seed)]
-        subprocess.run(arguments, check=True, env=env)
-        assert (tmp_path / seed / "model.safetensors").read_bytes() == original
+    other = [sys.executable, "-c", code, str(folder), str(tmp_path / "other")]
+    subprocess.run(other, check=True, env=os.environ | {"PYTHONHASHSEED": "77"})
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == original
 
 
 def test_the_tokenizer_travels_along(tmp_path, model):
