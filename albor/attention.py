@@ -79,9 +79,10 @@ def causal_mask(new: int, seen: int, device: torch.device) -> Tensor:
 def grouped_kernel(q: Tensor, masked: bool) -> bool:
     """Whether a fused kernel takes K < H heads of keys as they are, for queries q.
 
-    For torch 2.11 to 2.13. On a CPU the flash kernel does, with a mask or without.
-    On CUDA it does so for 16-bit numbers without a mask, from compute capability
-    8.0 on; what is left over falls to kernels that want H heads of keys.
+    As of torch 2.13. On a CPU the flash kernel does, with a mask or without. On
+    CUDA it does so for 16-bit numbers without a mask, from compute capability 8.0
+    on; the rest falls to kernels that want H heads. Either way the result is right:
+    a wrong guess costs memory and time, since the plain formula takes anything.
     """
     if q.device.type != "cuda":
         return True
