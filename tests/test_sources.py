@@ -302,7 +302,7 @@ def test_this_book_does_not_learn_itself() -> None:
     packages = {file.package for file in found}
     assert "albor" not in packages
     assert not any(package.startswith("__editable__") for package in packages)
-    assert {"argparse", "json", "numpy"} <= packages
+    assert {"dataclasses", "json", "numpy"} <= packages
     paths = [file.path for file in found]
     assert all(path.startswith(("stdlib/", "site-packages/")) for path in paths)
     assert not any(path.startswith("stdlib/site-packages") for path in paths)
@@ -312,7 +312,7 @@ def test_this_book_does_not_learn_itself() -> None:
     ("name", "kind"),
     [
         ("json", "stdlib"),
-        ("argparse", "stdlib"),
+        ("dataclasses", "stdlib"),
         ("os", "stdlib"),  # frozen into the interpreter, yet a file
         ("numpy", "site-packages"),
         ("yaml", "site-packages"),
