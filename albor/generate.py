@@ -173,7 +173,8 @@ def complete(
     """What the model writes after `text`, up to the end of the document.
 
     The prompt is `</s>` and the text, which is how documents begin in the training
-    stream. A character whose last bytes were not generated any more is left out.
+    stream. A character whose last bytes were not generated any more is left out, as
+    are ids that the tokenizer does not have: a model may have room for more.
     """
     if tokenizer.vocab_size > model.config.vocab_size:
         raise GenerateError(
@@ -191,4 +192,5 @@ def complete(
     )
     if new[-1] == EOS:
         new.pop()
-    return tokenizer.decode(new).rstrip("\N{REPLACEMENT CHARACTER}")
+    known = [token for token in new if token < tokenizer.vocab_size]
+    return tokenizer.decode(known).rstrip("\N{REPLACEMENT CHARACTER}")
