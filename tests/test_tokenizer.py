@@ -1,4 +1,4 @@
-"""The tokenizer: lossless, deterministic, deaf to control tokens spelled in text."""
+"""The tokenizer: lossless, deterministic, deaf to spelled-out control tokens."""
 
 import ast
 import json
