@@ -94,11 +94,9 @@ def pick_precision(name: str, device: torch.device) -> str:
         return name
     if bf16:
         return "bf16"
-    gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (
-        7,
-        0,
-    )
-    return "fp16" if gpu else "fp32"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+        return "fp16"
+    return "fp32"
 
 
 def keep_freed_memory() -> bool:

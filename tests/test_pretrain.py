@@ -264,7 +264,7 @@ def test_a_finished_run_is_left_alone(project, capsys):
     before = files(project)
     capsys.readouterr()
     run(config="small", output_dir="a", resume=True)
-    assert "finished, with 14 steps: nothing is trained" in capsys.readouterr().out
+    assert "finished, with 14 steps: nothing is done" in capsys.readouterr().out
     assert files(project) == before
 
 
