@@ -24,36 +24,24 @@ from albor.artifacts import atomic_path, digest, read_json, sha256_file, write_j
 from albor.corpus import Corpus, Document
 from albor.tokenizer import EOS, Tokenizer
 
-__all__ = [
-    "AGAIN",
-    "FORMAT",
-    "Batches",
-    "DataError",
-    "TokenFile",
-    "expect",
-    "intact",
-    "prepare",
-    "token_counts",
-    "unigram_cross_entropy",
-    "write_split",
-]
+__all__ = ["Batches", "DataError", "TokenFile", "prepare", "unigram_cross_entropy"]
 
 
-FORMAT = 1  # version of the files, part of their digest: a new one has new folders
-AGAIN = "delete the folder and prepare() again"
+_FORMAT = 1  # version of the files, part of their digest: a new one has new folders
+_AGAIN = "delete the folder and prepare() again"
 
 
 class DataError(ValueError):
     """Token data is missing, damaged, foreign or too small; the text says which."""
 
 
-def expect(what: str, expected: object, got: object, mend: str = AGAIN) -> None:
+def _expect(what: str, expected: object, got: object, mend: str = _AGAIN) -> None:
     """Refuse `got` where it is not as expected, naming the thing and the mend."""
     if got != expected:
         raise DataError(f"{what}: expected {expected}, got {got}; {mend}")
 
 
-def write_split(
+def _write_split(
     documents: list[Document], tokenizer: Tokenizer, folder: Path, split: str
 ) -> dict[str, Any]:
     """Write `split.bin` (tokens), `split.idx` (document starts); return a record.
@@ -77,13 +65,10 @@ def write_split(
                 packages[document.package] += len(ids) + 1
     with atomic_path(folder / f"{split}.idx") as path:
         path.write_bytes(np.array(starts, dtype="<u8").tobytes())
-    files = [f"{split}.bin", f"{split}.idx"]
-    return {
-        "tokens": starts[-1],
-        "documents": len(documents),
-        "tokens_by_package": dict(packages),
-        "sha256": {name: sha256_file(folder / name) for name in files},
-    }
+    files = (folder / f"{split}.bin", folder / f"{split}.idx")
+    hashes = {file.name: sha256_file(file) for file in files}
+    counts = {"tokens": starts[-1], "documents": len(documents)}
+    return {**counts, "tokens_by_package": dict(packages), "sha256": hashes}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +79,7 @@ class TokenFile:
     meta: dict[str, Any]  # the folder's record: inputs, then counts and hashes
     vocab_size: int
     tokens: np.ndarray  # uint16 (N,)
-    starts: np.ndarray  # uint64 (documents + 1,), as in write_split
+    starts: np.ndarray  # uint64 (documents + 1,), as in _write_split
 
     @classmethod
     def open(
@@ -108,16 +93,13 @@ class TokenFile:
         """Open `DIGEST/train.bin` or `DIGEST/val.bin`, if it is what was recorded.
 
         Reads the record and the sizes, not the tokens, unless `verify` asks for the
-        hashes. `vocab_size` and `tokenizer_digest`, where given, refuse data that
-        another tokenizer made.
+        hashes. A `vocab_size` or `tokenizer_digest` refuses another tokenizer's data.
         """
         path = Path(path)
         index, record = path.with_suffix(".idx"), path.with_name("meta.json")
         for file in (path, index, record):
             if not file.is_file():
-                raise DataError(
-                    f"{file} is missing; make the folder with prepare()"
-                )
+                raise DataError(f"{file} is missing; prepare() makes it")
         try:
             meta = read_json(record)
             inputs, split = meta["inputs"], meta["splits"][path.stem]
@@ -125,22 +107,21 @@ class TokenFile:
             vocabulary, tokenizer = inputs["vocab_size"], inputs["tokenizer"]
             hashes = dict(split["sha256"]) if verify else {}
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{record} is no record of {path.name} ({error!r}); {AGAIN}"
-            ) from None
-        expect(f"{record}: format", FORMAT, inputs.get("format"))
-        folder = path.resolve().parent.name
-        expect(f"{record}: digest of the inputs", folder, digest(inputs)[:16])
+            why = f"{record} is no record of {path.name} ({error!r}); {_AGAIN}"
+            raise DataError(why) from None
+        _expect(f"{record}: format", _FORMAT, inputs.get("format"))
+        name = path.resolve().parent.name
+        _expect(f"{record}: digest of the inputs", name, digest(inputs)[:16])
         for file, size in sizes.items():
-            expect(f"{file}: bytes", size, file.stat().st_size)
+            _expect(f"{file}: bytes", size, file.stat().st_size)
         mend = "prepare the data with the tokenizer of this model"
         if vocab_size is not None:
-            expect(f"{path}: vocabulary", vocab_size, vocabulary, mend)
+            _expect(f"{path}: vocabulary", vocab_size, vocabulary, mend)
         if tokenizer_digest is not None:
-            expect(f"{path}: tokenizer digest", tokenizer_digest, tokenizer, mend)
+            _expect(f"{path}: tokenizer digest", tokenizer_digest, tokenizer, mend)
         for name, recorded in hashes.items():
             found = sha256_file(path.with_name(name))
-            expect(f"{path.with_name(name)}: SHA-256", recorded, found)
+            _expect(f"{path.with_name(name)}: SHA-256", recorded, found)
         tokens = np.memmap(path, dtype="<u2", mode="r")
         return cls(path, meta, vocabulary, tokens, np.fromfile(index, dtype="<u8"))
 
@@ -148,7 +129,7 @@ class TokenFile:
         return len(self.tokens)
 
 
-def intact(folder: Path) -> bool:
+def _intact(folder: Path) -> bool:
     """True if both splits are there, of this name's inputs, with their SHA-256."""
     try:
         for split in ("train", "val"):
@@ -162,8 +143,7 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, folder: str | Path) -> Path:
     """Write the corpus as token files and return their folder, `folder/DIGEST`.
 
     DIGEST comes from the corpus, the tokenizer and the format. An intact folder of
-    that name is reused, a damaged one is made again. It is written in a temporary
-    folder and renamed at the end: what has the name is complete.
+    that name is reused, a damaged one made again, beside it, and renamed at the end.
     """
     if tokenizer.vocab_size > 2**16:
         raise DataError(
@@ -171,27 +151,25 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, folder: str | Path) -> Path:
             f"which count to {2**16:,}; train a smaller tokenizer"
         )
     inputs = {
-        "format": FORMAT,
+        "format": _FORMAT,
         "corpus": corpus.digest,
         "tokenizer": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
     }
     name = digest(inputs)[:16]
     target = Path(folder) / name
-    if intact(target):
+    if _intact(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     try:
-        splits = {
-            "train": write_split(corpus.train, tokenizer, work, "train"),
-            "val": write_split(corpus.val, tokenizer, work, "val"),
-        }
+        parts = {"train": corpus.train, "val": corpus.val}
+        splits = {x: _write_split(parts[x], tokenizer, work, x) for x in parts}
         write_json(work / "meta.json", {"inputs": inputs, "splits": splits})
         shutil.rmtree(target, ignore_errors=True)
         os.replace(work, target)
     except OSError:
-        if not intact(target):  # unless another process was faster
+        if not _intact(target):  # unless another process was faster
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -208,8 +186,7 @@ class Batches:
     of the stream. `rows="pack"` cuts the stream every `seq_len` tokens;
     `rows="truncate"` cuts it every `row_tokens` and throws the tail of each row
     away, as the original did. An epoch takes every row once, in its own order, but
-    for the last `sequences % batch_size` rows of it. `batch_size` counts the
-    sequences of one optimizer step.
+    for the last `sequences % batch_size`. `batch_size` is that of an optimizer step.
     """
 
     def __init__(
@@ -225,7 +202,7 @@ class Batches:
     ):
         self.stream = tokens.tokens if isinstance(tokens, TokenFile) else tokens
         got = f"{self.stream.dtype} {self.stream.shape}"
-        expect("tokens", f"uint16 ({self.stream.size},)", got, "give a flat stream")
+        _expect("tokens", f"uint16 ({self.stream.size},)", got, "flatten them")
         if seq_len < 1 or batch_size < 1 or not 0 <= seed < 2**64:
             raise DataError(
                 "seq_len and batch_size start at 1, seed is in 0 .. 2**64 - 1; got "
@@ -289,7 +266,7 @@ class Batches:
         return taken[:, :-1].contiguous(), taken[:, 1:].contiguous()
 
 
-def token_counts(tokens: TokenFile | np.ndarray, vocab_size: int) -> np.ndarray:
+def _token_counts(tokens: TokenFile | np.ndarray, vocab_size: int) -> np.ndarray:
     """How often each token id occurs: int64 (V,). Reads the stream in pieces."""
     stream = tokens.tokens if isinstance(tokens, TokenFile) else tokens
     counts = np.zeros(vocab_size, dtype=np.int64)
@@ -308,13 +285,12 @@ def unigram_cross_entropy(
 ) -> float:
     """Nats per token of `of` under the token frequencies of `counts_from`.
 
-    From training to validation data it is the loss of a model that knows how
-    frequent each token is and ignores all context. Of the validation data under its
-    own counts with `smoothing=0` it is that set's entropy: lower, the best that any
-    table of frequencies could do, even one that had seen the answers.
+    From training to validation data it is the loss of a model that knows only how
+    frequent tokens are. Of the validation data under its own counts, unsmoothed, it
+    is that set's entropy: the best that any table of frequencies could do.
     """
-    seen = token_counts(counts_from, vocab_size) + smoothing
-    asked = token_counts(of, vocab_size)
+    seen = _token_counts(counts_from, vocab_size) + smoothing
+    asked = _token_counts(of, vocab_size)
     if not asked.any() or not seen.any():
         raise DataError("unigram_cross_entropy needs a token on each side")
     chosen = asked > 0

@@ -24,7 +24,7 @@ from albor.data import (
     DataError,
     TokenFile,
     prepare,
-    token_counts,
+    _token_counts,
     unigram_cross_entropy,
 )
 from albor.tokenizer import EOS, Tokenizer
@@ -176,7 +176,7 @@ def test_a_faster_process_is_accepted(tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.os, "replace", too_late)
     monkeypatch.setattr(data, "write_json", lambda *_: None)
-    monkeypatch.setattr(data, "write_split", lambda *_: {})
+    monkeypatch.setattr(data, "_write_split", lambda *_: {})
     assert prepare(corpus, tokenizer, tmp_path / "here") == target
     assert [path for path in target.parent.iterdir()] == [target]
 
@@ -453,7 +453,7 @@ def test_no_table_beats_the_entropy(asked, draw):
 
 def test_counts_over_several_pieces(monkeypatch):
     stream = np.random.default_rng(0).integers(0, 9, 5_000_000).astype(np.uint16)
-    assert token_counts(stream, 11).tolist() == [
+    assert _token_counts(stream, 11).tolist() == [
         *np.bincount(stream, minlength=9).tolist(),
         0,
         0,
@@ -462,7 +462,7 @@ def test_counts_over_several_pieces(monkeypatch):
 
 def test_foreign_ids_and_nothing_are_refused():
     with pytest.raises(DataError, match="token 3 in a vocabulary of 3"):
-        token_counts(np.array([3], dtype=np.uint16), 3)
+        _token_counts(np.array([3], dtype=np.uint16), 3)
     none = np.array([], dtype=np.uint16)
     with pytest.raises(DataError, match="a token on each side"):
         unigram_cross_entropy(none, none, 3)
