@@ -93,7 +93,7 @@ class TokenFile:
         """Open `DIGEST/train.bin` or `DIGEST/val.bin`, if it is what was recorded.
 
         Reads the record and the sizes, not the tokens, unless `verify` asks for the
-        hashes. A `vocab_size` or `tokenizer_digest` refuses another tokenizer's data.
+        hashes. `vocab_size` and `tokenizer_digest` refuse another tokenizer's data.
         """
         path = Path(path)
         index, record = path.with_suffix(".idx"), path.with_name("meta.json")
@@ -143,7 +143,7 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, folder: str | Path) -> Path:
     """Write the corpus as token files and return their folder, `folder/DIGEST`.
 
     DIGEST comes from the corpus, the tokenizer and the format. An intact folder of
-    that name is reused, a damaged one made again, beside it, and renamed at the end.
+    that name is reused, a damaged one made anew, beside it, and renamed at the end.
     """
     if tokenizer.vocab_size > 2**16:
         raise DataError(
@@ -186,7 +186,7 @@ class Batches:
     of the stream. `rows="pack"` cuts the stream every `seq_len` tokens;
     `rows="truncate"` cuts it every `row_tokens` and throws the tail of each row
     away, as the original did. An epoch takes every row once, in its own order, but
-    for the last `sequences % batch_size`. `batch_size` is that of an optimizer step.
+    for the last `sequences % batch_size`. `batch_size` counts a whole step's rows.
     """
 
     def __init__(

@@ -33,6 +33,15 @@ class GenerateError(ValueError):
     """A prompt or a sampling value is impossible; the text says which and why."""
 
 
+def _sound(logits: torch.Tensor) -> torch.Tensor:
+    """The logits, if all are finite: of NaN, argmax makes a token like any other."""
+    if not logits.isfinite().all():
+        raise GenerateError(
+            "the logits are not finite: this model's weights are bad"
+        )
+    return logits
+
+
 def reshape(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
     """Probabilities to draw from: float64 (V,) on the CPU, summing to 1.
 
@@ -40,11 +49,7 @@ def reshape(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Ten
     their mass reaches `top_p`, the one that gets it there included (nucleus
     sampling, Holtzman et al. 2020). Equal probabilities rank by token id.
     """
-    scores = logits.detach().to("cpu", torch.float64)
-    if not scores.isfinite().all():
-        raise GenerateError(
-            "the logits are not finite: this model's weights are bad"
-        )
+    scores = _sound(logits).detach().to("cpu", torch.float64)
     probabilities = ((scores - scores.max()) / temperature).softmax(dim=-1)
     ranked, order = probabilities.sort(descending=True, stable=True)
     before = ranked.cumsum(0) - ranked  # the mass of all more probable tokens
@@ -135,7 +140,7 @@ def generate(
             ]  # (D,): the last place alone
             logits = F.linear(hidden, head)  # (V,)
             if temperature == 0:
-                token = int(logits.argmax())
+                token = int(_sound(logits).argmax())
             else:
                 token = draw(
                     reshape(logits, temperature, top_p), seed, ids.shape[1]
