@@ -34,11 +34,9 @@ class GenerateError(ValueError):
 
 
 def _sound(logits: torch.Tensor) -> torch.Tensor:
-    """The logits, if all are finite: of NaN, argmax makes a token like any other."""
+    """The logits, if all are finite: argmax would make a token of NaN, too."""
     if not logits.isfinite().all():
-        raise GenerateError(
-            "the logits are not finite: this model's weights are bad"
-        )
+        raise GenerateError("the logits are not finite: the weights are bad")
     return logits
 
 
