@@ -23,8 +23,8 @@ from albor.data import (
     Batches,
     DataError,
     TokenFile,
-    prepare,
     _token_counts,
+    prepare,
     unigram_cross_entropy,
 )
 from albor.tokenizer import EOS, Tokenizer
