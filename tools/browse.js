@@ -73,13 +73,18 @@ const look = {
 
   // ---- Contrast, by the definition of the WCAG ----
 
+  known: new Map(),
+
+  // A CSS colour as [red, green, blue, opacity]; the canvas knows every notation.
   parse(colour) {
+    if (look.known.has(colour)) return look.known.get(colour);
     const canvas = (look.canvas ??= new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true }));
     canvas.clearRect(0, 0, 1, 1);
     canvas.fillStyle = colour;
     canvas.fillRect(0, 0, 1, 1);
     const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
-    return [r, g, b, a / 255];
+    look.known.set(colour, [r, g, b, a / 255]);
+    return look.known.get(colour);
   },
 
   over([r, g, b, a], [r0, g0, b0]) {
