@@ -361,7 +361,7 @@ def check_site(
             try:
                 found, seen[page] = look_at(browser, base, page, screens)
             except (websocket.WebSocketException, OSError):
-                # The tab has died, as tabs do on a starved machine: once is forgiven.
+                # The tab has died, as on a starved machine: once is forgiven.
                 browser = stack.enter_context(Browser())
                 found, seen[page] = look_at(browser, base, page, screens)
             faults += [f"{page}: {fault}" for fault in found]
