@@ -358,12 +358,13 @@ def check_site(
     with serve(build) as base, contextlib.ExitStack() as stack:
         browser = stack.enter_context(Browser())
         for page in pages:
+            pictures = None if page.startswith("_modules/") else screens
             try:
-                found, seen[page] = look_at(browser, base, page, screens)
+                found, seen[page] = look_at(browser, base, page, pictures)
             except (websocket.WebSocketException, OSError):
                 # The tab has died, as on a starved machine: once is forgiven.
                 browser = stack.enter_context(Browser())
-                found, seen[page] = look_at(browser, base, page, screens)
+                found, seen[page] = look_at(browser, base, page, pictures)
             faults += [f"{page}: {fault}" for fault in found]
         for link in {link for found in seen.values() for link in found["links"]}:
             path = urllib.parse.unquote(urllib.parse.urlsplit(link).path).lstrip(
