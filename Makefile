@@ -7,9 +7,10 @@ VENV = .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 ARGS ?=
+MANIFEST ?= configs/corpus/v2.csv
 
 .DEFAULT_GOAL = help
-.PHONY: help pretrain test check notebooks adopt new book browse lab lock clean
+.PHONY: help pretrain corpus test check notebooks adopt new book browse lab lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +19,10 @@ pretrain: $(READY) ## Train a model: the main job (ARGS="-p max_steps 50" for pa
 	mkdir -p runs
 	MATPLOTLIBRC=notebooks $(BIN)/papermill --log-output $(ARGS) \
 		notebooks/pretrain.ipynb runs/pretrain.ipynb
+
+corpus: $(READY) ## Fetch the pinned packages of a manifest (MANIFEST=... for another)
+	$(BIN)/python -c "import sys; sys.tracebacklimit = 0; \
+		from albor.manifest import fetch; fetch(sys.argv[1])" "$(MANIFEST)"
 
 test: $(READY) ## Run every test, and every cell of every notebook against its stored output
 	$(BIN)/python -m pytest --nbval --cov=albor --cov-report=term tests notebooks
