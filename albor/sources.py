@@ -1,8 +1,8 @@
 # Generated from book/sources.md: edit the chapter, not this file.
-"""Python files on this machine: where they lie, and which are worth learning from.
+"""Python files on this machine: where they lie, and how to list them unharmed.
 
 Notable:
-- Nothing is downloaded, imported or run: files are listed, read and parsed.
+- Nothing is downloaded, imported or run: files are listed, not even opened.
 - Links are never followed and only regular files are opened, so that a loop, a pipe
   or a device named `x.py` does no harm.
 - Whatever is left out is counted, with reason and bytes. Only `__pycache__` and
@@ -10,33 +10,25 @@ Notable:
 - The shown path of a file says nothing of the machine, and fits into JSON.
 """
 
-import ast
-import codecs
 import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
-import io
 import os
 import re
 import stat
 import sys
 import sysconfig
-import tokenize
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from albor.config import project_path
+from albor.filters import MAX_BYTES, MIN_BYTES
+from albor.filters import CorpusError as CorpusError  # had from here as well
 
 __all__ = [
-    "GENERATED",
-    "MAX_BYTES",
-    "MAX_LINE",
-    "MIN_BYTES",
-    "MIN_LETTERS",
     "VENDORED",
-    "CorpusError",
     "Dropped",
     "File",
     "Source",
@@ -45,7 +37,6 @@ __all__ = [
     "find_sources",
     "guess",
     "installed",
-    "judge",
     "label",
     "refuse",
     "scan",
@@ -54,63 +45,23 @@ __all__ = [
 ]
 
 
-class CorpusError(ValueError):
-    """A corpus that cannot be built; the message names the source and the mend."""
-
-
-MIN_BYTES, MAX_BYTES = 50, 100_000  # of a file on disk
-MAX_LINE = 1_000  # characters
-MIN_LETTERS = 0.25  # the share of characters that are letters
-
-# By these phrases in its first lines a file says that a program wrote it.
-GENERATED = re.compile(
-    r"@generated|do not (edit|modify)|auto(matically|-)?\s*generated"
-    r"|^#.*\bgenerated (by|from|and used)\b",
-    re.IGNORECASE | re.MULTILINE,
-)
-
-
-def judge(data: bytes) -> tuple[str, str]:
-    """The text of a file and ""; or "" and the reason why the file is left out.
-
-    UTF-8 is strict; a byte order mark goes, CRLF and CR become LF. A file that
-    declares another encoding (PEP 263) is not guessed at.
-    """
-    if not MIN_BYTES <= len(data) <= MAX_BYTES:
-        return "", "too small" if len(data) < MIN_BYTES else "too large"
-    try:
-        declared, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        if codecs.lookup(declared).name not in ("utf-8", "utf-8-sig", "ascii"):
-            return "", "not UTF-8"
-        text = data.decode("utf-8-sig")
-    except (SyntaxError, UnicodeDecodeError):
-        return "", "not UTF-8"
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    lines = text.split("\n")
-    if max(map(len, lines)) > MAX_LINE:
-        return "", "long line"
-    if sum(map(str.isalpha, text)) < MIN_LETTERS * len(text):
-        return "", "few letters"
-    if GENERATED.search("\n".join(lines[:20])):
-        return "", "generated"
-    try:
-        ast.parse(text)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return "", "does not parse"
-    return text, ""
-
-
 @dataclass(frozen=True)
 class Source:
     """A folder to read: all of it, or the one top-level `name` in it.
 
     `kind` says what lies at its top: "stdlib" or "site-packages", whose entries are
-    packages, or "folder" for any other folder.
+    packages; "wheel", the files of one distribution; or "folder" for any other
+    folder. A manifest settles the other fields; elsewhere they are found out.
     """
 
     kind: str
     folder: str
     name: str = ""
+    distribution: str = ""
+    version: str = ""
+    licence: str = ""
+    tier: int = 0  # 1 or 2; 0: not settled
+    split: str = ""  # "train" or "val"; "": not settled
 
 
 def installed() -> list[Source]:
@@ -204,6 +155,7 @@ class File:
     path: str
     place: str
     size: int
+    source: Source = Source("folder", "")
 
 
 # Why files were left out: reason -> (path as shown, bytes on disk) of each.
@@ -222,6 +174,8 @@ def shown(*names: str) -> str:
 
 def label(source: Source, sources: list[Source]) -> str:
     """What the shown paths of `source` begin with; "" for one folder alone."""
+    if source.kind == "wheel":
+        return source.distribution
     if source.kind != "folder" or len(sources) == 1:
         return "" if source.kind == "folder" else source.kind
     parts = {Path(other.folder).parts for other in sources}
@@ -240,7 +194,7 @@ def wanted(source: Source, name: str) -> bool:
     return source.kind == "folder" or name not in VENDORED
 
 
-def refuse(above: tuple[str, ...], info: os.stat_result) -> str:
+def refuse(above: tuple[str, ...], info: os.stat_result, max_bytes: int) -> str:
     """Why a listed file need not be opened; "" if it must be."""
     if not stat.S_ISREG(info.st_mode):
         return "link" if stat.S_ISLNK(info.st_mode) else "not a regular file"
@@ -248,21 +202,23 @@ def refuse(above: tuple[str, ...], info: os.stat_result) -> str:
         return "vendored"
     if info.st_size < MIN_BYTES:
         return "too small"
-    return "too large" if info.st_size > MAX_BYTES else ""
+    return "too large" if info.st_size > max_bytes else ""
 
 
-def scan(sources: list[Source], dropped: Dropped) -> list[File]:
+def scan(
+    sources: list[Source], dropped: Dropped, max_bytes: int = MAX_BYTES
+) -> list[File]:
     """List the files worth opening; count the others in `dropped`.
 
     A file's package is its first folder below the source, or its own name where the
-    source holds packages; loose files of a plain folder form the package ".".
+    source holds packages; loose files of a plain folder form the package "."; the
+    files of a wheel are one package, its distribution.
     """
     files: dict[str, File] = {}
     for source in sources:
         first = label(source, sources)
-        stack: list[tuple[str, ...]] = [
-            ()
-        ]  # folders, as the names below the source
+        # folders still to list, as the names below the source
+        stack: list[tuple[str, ...]] = [()]
         while stack:
             above = stack.pop()
             try:
@@ -285,7 +241,7 @@ def scan(sources: list[Source], dropped: Dropped) -> list[File]:
                     if not name.endswith(".py") and not linked:
                         continue
                     info = entry.stat(follow_symlinks=False)
-                    reason, size = refuse(above, info), info.st_size
+                    reason, size = refuse(above, info, max_bytes), info.st_size
                 except OSError:
                     reason, size = "unreadable", 0
                 path = shown(first, *above, name)
@@ -293,6 +249,6 @@ def scan(sources: list[Source], dropped: Dropped) -> list[File]:
                     dropped[reason].append((path, size))
                     continue
                 loose = "." if source.kind == "folder" else name.removesuffix(".py")
-                package = shown(above[0] if above else loose)
-                files[entry.path] = File(package, path, entry.path, size)
+                package = source.distribution or shown(above[0] if above else loose)
+                files[entry.path] = File(package, path, entry.path, size, source)
     return list(files.values())
