@@ -25,6 +25,7 @@ __all__ = [
     "FIM_MIDDLE",
     "FIM_PREFIX",
     "FIM_SUFFIX",
+    "GPT2_PATTERN",
     "PAD",
     "SPECIAL_TOKENS",
     "SPLIT_PATTERN",
@@ -64,6 +65,12 @@ SPLIT_PATTERN = "|".join(
         r"\s+(?!\S)",  # indentation, all but its last space
         r"\s+",
     )
+)
+
+# The rule of GPT-2, from src/encoder.py of github.com/openai/gpt-2 (MIT licence), and
+# the original's setting. Kept for comparison: `Tokenizer.train(pattern=GPT2_PATTERN)`.
+GPT2_PATTERN = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 )
 
 
@@ -127,7 +134,8 @@ class Tokenizer:
 
     `decode(encode(text)) == text` for every string that has a UTF-8 form.
     `vocab_size` counts the entries; `digest` is the SHA-256 of the `tokenizer.json`
-    that `save` writes.
+    that `save` writes. `keeps_lines`: it cuts by `SPLIT_PATTERN`, so that a line that
+    is not blank has the same ids wherever it stands.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -141,13 +149,22 @@ class Tokenizer:
         self._backend = backend
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.digest: str = sha256_text(backend.to_str(pretty=True))
+        ours, theirs = pipeline().pre_tokenizer, backend.pre_tokenizer
+        self.keeps_lines: bool = ours.__getstate__() == theirs.__getstate__()
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = 32_768) -> "Tokenizer":
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int = 32_768,
+        *,
+        pattern: str = SPLIT_PATTERN,
+    ) -> "Tokenizer":
         """Learn merges from whole documents; the same texts give the same bytes.
 
-        Small corpora run out of pairs that occur twice; then the vocabulary stays
-        smaller than asked, with a warning that says so.
+        `pattern` is the cutting rule; the saved file keeps it. Small corpora run out
+        of pairs that occur twice; then the vocabulary stays smaller than asked, with
+        a warning that says so.
         """
         smallest = len(SPECIAL_TOKENS) + 256
         if type(vocab_size) is not int or not smallest <= vocab_size <= 65_536:
@@ -166,7 +183,10 @@ class Tokenizer:
                 seen += len(text)
                 yield text
 
-        backend = pipeline()
+        try:
+            backend = pipeline(pattern)
+        except Exception as error:  # the library raises bare Exception here too
+            raise TokenizerError(f"pattern = {pattern!r}: {error}") from None
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
@@ -188,12 +208,22 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
+    def _read(cls, content: str) -> "Tokenizer":
+        """A tokenizer from the content of a `tokenizer.json`."""
+        return cls(tokenizers.Tokenizer.from_str(content))
+
+    def __reduce__(self) -> tuple:
+        # A worker process gets a pickled copy. The library pickles no more than the
+        # file holds, so a copy has to be switched on again like any other load.
+        return self._read, (self._backend.to_str(),)
+
+    @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a folder that `save` wrote, or its `tokenizer.json`."""
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            return cls(tokenizers.Tokenizer.from_str(file.read_text("utf-8")))
+            return cls._read(file.read_text("utf-8"))
         except OSError as error:
             raise TokenizerError(
                 f"no tokenizer at {file}: {error.strerror}; train one and `save` it"
@@ -235,6 +265,16 @@ class Tokenizer:
             check_text(text, f"texts[{index}]")
         found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in found]
+
+    def byte_lengths(self) -> list[int]:
+        """How many bytes of text each id stands for; 0 for the control tokens.
+
+        Their sums over `encode(text)` are the places in `text.encode()` at which a
+        token ends.
+        """
+        names = map(self._backend.id_to_token, range(self.vocab_size))
+        control = len(SPECIAL_TOKENS)  # the others are written a letter to a byte
+        return [0 if i < control else len(name) for i, name in enumerate(names)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`: control tokens spelled out, nothing cleaned away.
