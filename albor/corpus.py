@@ -1,67 +1,76 @@
 # Generated from book/corpus.md: edit the chapter, not this file.
-"""Documents to train on and to validate on, split by package.
+"""The corpus: documents to train on and to validate on, and how they came about.
 
 Notable:
-- A whole package is either trained on or held out. Validation loss then speaks of
-  code that the model has not seen, and not of another file by the same hands.
-- The order in which files are taken comes from hashes of their paths: not from the
-  disk, the clock or Python's hash seed. The same files give the same digest.
-- A sample of some megabytes takes files from all packages and reads only those.
-- Everything left out is counted by reason, and the licences are listed.
+- One call finds, filters, measures and splits, and writes down what it did: what was
+  left out and why, whose packages they are, how they score, what they give away.
+- The digest names the content. It does not depend on the order of directories, the
+  number of workers, or Python's hash seed.
+- No text is held in memory.
 """
 
-import hashlib
-import importlib.metadata
-import platform
-import sys
-import warnings
+import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from albor.artifacts import digest, sha256_text
-from albor.sources import (
+from albor.artifacts import digest
+from albor.config import project_path
+from albor.documents import Document as Document  # had from here as well
+from albor.documents import Owner, Reading, Rules, find_owners, read_files
+from albor.filters import (
+    GOOD,
     MAX_BYTES,
     CorpusError,
-    Dropped,
-    File,
-    find_sources,
-    judge,
-    scan,
-    shown,
+    Density,
+    is_permissive,
+    is_test,
 )
+from albor.manifest import find_wheels
+from albor.overlap import Contamination, load_problems
+from albor.sources import Dropped, File, Source, find_sources, scan, shown
+from albor.split import Taken, split
 
 __all__ = [
     "Corpus",
-    "Document",
     "build_corpus",
-    "choose_held_out",
-    "licences",
-    "rank",
-    "split",
-    "take",
+    "check_settings",
+    "grade",
+    "permitted",
+    "resolve",
     "tally",
+    "tier",
+    "to_documents",
 ]
 
 
-@dataclass(frozen=True)
-class Document:
-    """One file: its package, its path (posix, nothing of the machine), its text."""
+def grade(taken: Iterable[Taken]) -> dict[str, float]:
+    """The score of every package over its files that are not tests."""
+    sums: dict[str, Density] = defaultdict(Density)
+    for file, reading in taken:
+        if not is_test(file.path):
+            sums[file.package] += reading.density
+    return {package: round(counts.score, 3) for package, counts in sums.items()}
 
-    package: str
-    path: str
-    text: str
 
-    @property
-    def size(self) -> int:
-        """Bytes of the text in UTF-8."""
-        return len(self.text.encode())
+def tier(file: File, scores: dict[str, float]) -> int:
+    """1 for files of packages that explain themselves, 2 for all others."""
+    good = 1 if scores.get(file.package, 0) >= GOOD else 2
+    return 2 if is_test(file.path) else file.source.tier or good
 
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the text in UTF-8."""
-        return sha256_text(self.text)
+
+def to_documents(
+    taken: list[Taken], scores: dict[str, float], owners: dict[str, Owner]
+) -> list[Document]:
+    """What was taken, as documents with tier and owner, in the order of paths."""
+    documents = []
+    for file, reading in sorted(taken, key=lambda one: one[0].path):
+        owner = owners[file.package].distribution if file.package in owners else ""
+        names = file.package, file.path, file.place
+        measures = reading.size, reading.sha256, tier(file, scores)
+        documents.append(Document(*names, *measures, owner))
+    return documents
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,8 @@ class Corpus:
     """Both parts, in the order of their paths, and how they came about.
 
     `report` is plain JSON: settings, counts by reason, packages, licences, notes.
-    `digest` names the content: (part, package, path, SHA-256) of every document.
+    `digest` names the content: the SHA-256 of the canonical JSON of the list of
+    [part, package, path, SHA-256, tier] of every document, training first.
     """
 
     train: list[Document]
@@ -78,122 +88,10 @@ class Corpus:
     digest: str
 
 
-def rank(seed: int, name: str) -> bytes:
-    """A place in an order that depends on (seed, name) alone and looks random."""
-    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
-
-
-def choose_held_out(sizes: dict[str, int], val_bytes: int, seed: int) -> list[str]:
-    """Which packages to hold out so that they make up about `val_bytes`.
-
-    In the order of their ranks, packages of at most a quarter of `val_bytes` are
-    taken until three quarters are reached: no draw can hold out a giant, and none
-    ends far from its mark. Where the small ones do not make up half, others follow,
-    those up to `val_bytes` first and then the smallest, for the caller to cut to
-    size. One package is always left to train on.
-    """
-    ranked = sorted(sizes, key=lambda name: rank(seed, name))
-    small = [name for name in ranked if sizes[name] * 4 <= val_bytes]
-    large = [name for name in ranked if sizes[name] * 4 > val_bytes]
-    large.sort(key=lambda name: max(sizes[name], val_bytes))  # else still by rank
-    held: list[str] = []
-    total = 0
-    for names, enough in ((small, 0.75 * val_bytes), (large, 0.5 * val_bytes)):
-        for name in names:
-            if total < enough and len(held) < len(sizes) - 1:
-                held.append(name)
-                total += sizes[name]
-    return held
-
-
-def take(
-    files: Iterable[File], limit: int, beyond: str, seen: set[str], dropped: Dropped
-) -> list[Document]:
-    """Read and judge files in order, up to `limit` bytes; the rest are `beyond` it.
-
-    `seen` holds the SHA-256 of the texts taken so far: exact copies are duplicates.
-    """
-    taken = []
-    for file in files:
-        reason, text = beyond, ""
-        if file.size <= limit:
-            try:
-                with open(file.place, "rb") as stream:
-                    text, reason = judge(stream.read(MAX_BYTES + 1))
-            except OSError:
-                reason = "unreadable"
-        document = Document(file.package, file.path, text)
-        if not reason and document.sha256 in seen:
-            reason = "duplicate"
-        if reason:
-            dropped[reason].append((file.path, file.size))
-        else:
-            seen.add(document.sha256)
-            taken.append(document)
-            limit -= file.size
-    return taken
-
-
-def split(
-    files: list[File],
-    unit: str,
-    dropped: Dropped,
-    *,
-    max_bytes: int,
-    val_bytes: int,
-    seed: int,
-) -> dict[str, list[Document]]:
-    """Take both parts; no `unit` ("package", or "path" of a file) is in both.
-
-    Validation comes first, so that a text found in both parts leaves training.
-    """
-    files = sorted(files, key=lambda file: rank(seed, file.path))
-    sizes: Counter[str] = Counter()
-    for file in files:
-        sizes[getattr(file, unit)] += file.size
-    total = min(max_bytes or sys.maxsize, sizes.total())
-    room = max(1, min(val_bytes, total // 10))
-    seen: set[str] = set()
-    val: list[Document] = []
-    left = room
-    while len(sizes) > 1 and (not val or left > room / 2):
-        names = set(choose_held_out(sizes, left, seed))
-        some = [file for file in files if getattr(file, unit) in names]
-        limit = max(left, min(file.size for file in some))  # one file at least
-        val += take(some, limit, "held out, beyond val_bytes", seen, dropped)
-        left = room - sum(document.size for document in val)
-        for name in names:
-            del sizes[name]
-    rest = [file for file in files if getattr(file, unit) in sizes]
-    train = take(rest, total - room + left, "beyond max_bytes", seen, dropped)
-    return {
-        part: sorted(documents, key=lambda document: document.path)
-        for part, documents in (("train", train), ("val", val))
-    }
-
-
-def licences(packages: set[str]) -> dict[str, dict[str, str]]:
-    """Version and stated licence of the distributions that hold `packages`."""
-    found = {}
-    for package, names in importlib.metadata.packages_distributions().items():
-        for name in names if package in packages else ():
-            meta = importlib.metadata.metadata(name).json
-            classifiers = [c.split(" :: ") for c in meta.get("classifier", ())]
-            stated = [c[-1] for c in classifiers if c[0] == "License"]
-            first_line = str(meta.get("license", "")).strip().partition("\n")[0]
-            licence = meta.get("license_expression") or "; ".join(stated)
-            found[name] = {
-                "version": str(meta["version"]),
-                "licence": str(licence or first_line[:80] or "not stated"),
-            }
-    return dict(sorted(found.items()))
-
-
 def tally(parts: dict[str, list[Document]], dropped: Dropped) -> dict[str, Any]:
     """Counts of what was kept and left out, as plain JSON."""
-    packages: dict[str, Counter[str]] = defaultdict(
-        lambda: Counter(files=0, **dict.fromkeys(parts, 0))
-    )
+    zero = {"files": 0, **dict.fromkeys(parts, 0)}
+    packages: dict[str, Counter[str]] = defaultdict(lambda: Counter(zero))
     splits = {}
     for part, documents in parts.items():
         for document in documents:
@@ -215,74 +113,143 @@ def tally(parts: dict[str, list[Document]], dropped: Dropped) -> dict[str, Any]:
     return {"splits": splits, "dropped": reasons, "packages": by_name}
 
 
+def resolve(spec: str) -> list[Source]:
+    """The sources of a corpus `spec`; parts that end in .csv are manifests."""
+    parts = spec.split(os.pathsep) if isinstance(spec, str) else []
+    tables = [part for part in parts if part.strip().endswith(".csv")]
+    if not tables:
+        return find_sources(spec)
+    others = os.pathsep.join(part for part in parts if part not in tables)
+    sources = find_sources(others) if others.strip() else []
+    for table in tables:
+        wheels = project_path("data/wheels")
+        sources += find_wheels(project_path(table.strip()), wheels)
+    return sources
+
+
+def check_settings(**settings: Any) -> None:
+    """Refuse what is no number of bytes, no seed, no choice of licences."""
+    choices = ("auto", "permissive", "any")
+    for key, value in settings.items():
+        if key == "licences":
+            if value not in choices:
+                raise CorpusError(f"{key} = {value!r}: give one of {choices}")
+        elif key == "docstrings":
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise CorpusError(f"{key} = {value!r}: give a number from 0 to 1")
+        else:
+            least = 1 if key in ("val_bytes", "max_file_bytes") else 0
+            if type(value) is not int or value < least:
+                why = f"give a whole number >= {least}"
+                raise CorpusError(f"{key} = {value!r}: {why}")
+
+
+def permitted(
+    files: list[File], owners: dict[str, Owner], dropped: Dropped
+) -> list[File]:
+    """The files whose owners state permissive licences; the others are dropped."""
+    kept = []
+    for file in files:
+        owner = owners.get(file.package)
+        if owner is None or is_permissive(owner.licence):
+            kept.append(file)
+        else:
+            dropped["licence"].append((file.path, file.size))
+    return kept
+
+
 def build_corpus(
-    spec: str = "", *, max_bytes: int = 0, val_bytes: int = 1_000_000, seed: int = 0
+    spec: str = "",
+    *,
+    max_bytes: int = 0,
+    val_bytes: int = 1_000_000,
+    seed: int = 0,
+    max_file_bytes: int = MAX_BYTES,
+    workers: int = 0,
+    docstrings: float = 0.0,
+    licences: str = "auto",
+    benchmarks: Any = None,
 ) -> Corpus:
     """Find, filter and split the Python source that `spec` names.
 
     `spec`: "" for this Python's standard library and installed packages; otherwise
-    folders or package names, separated by `os.pathsep`. `max_bytes` takes a sample
-    of about that size from all packages (0: everything); `val_bytes` of it, a tenth
-    at most, are held out. `seed` draws the sample and the packages to hold out.
+    folders, package names or manifests (.csv), separated by `os.pathsep`.
+    `max_bytes` takes a sample of about that size from all packages (0: everything);
+    `val_bytes` of it, a tenth at most, are held out. `seed` draws the sample and
+    the packages to hold out. `workers` are processes (0: one a core for large sets).
+    `docstrings` is the least number per line. `licences`: "permissive", "any", or
+    "auto": permissive, unless the user has named the packages. `benchmarks` (a
+    file, a folder or a list of texts) holds problems that must not be trained on.
     """
-    settings = {"max_bytes": max_bytes, "val_bytes": val_bytes, "seed": seed}
-    for key, value in settings.items():
-        least = 1 if key == "val_bytes" else 0
-        if type(value) is not int or value < least:
-            raise CorpusError(f"{key} = {value!r}: give a whole number >= {least}")
-    sources = find_sources(spec)
+    chosen = {"max_bytes": max_bytes, "val_bytes": val_bytes, "seed": seed}
+    settings = {"docstrings": docstrings, "licences": licences}
+    settings |= {"max_file_bytes": max_file_bytes}
+    check_settings(**chosen, **settings, workers=workers)
+    sources = resolve(spec)
     listed: Dropped = defaultdict(list)
-    files = scan(sources, listed)
+    files = scan(sources, listed, max_file_bytes)
+    owners = find_owners(files)
+    if licences == "permissive" or (licences == "auto" and not spec):
+        files = permitted(files, owners, listed)
+    problems = Contamination(load_problems(benchmarks)) if benchmarks else None
+    rules = Rules(max_file_bytes, docstrings, problems)
+    given_away: dict[str, list[str]] = defaultdict(list)  # problem -> paths
+
+    def read(some: list[File]) -> Iterator[Reading]:
+        found = read_files(some, rules, workers)
+        for file, reading in zip(some, found, strict=True):
+            for problem in reading.problems:
+                given_away[problem].append(file.path)
+            yield reading
+
     for unit in ("package", "path"):
-        dropped = Dropped(
-            list, {reason: [*some] for reason, some in listed.items()}
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ast.parse comments on what it reads
-            parts = split(files, unit, dropped, **settings)
-        if parts["train"] and parts["val"]:
+        given_away.clear()
+        dropped = Dropped(list, {why: [*some] for why, some in listed.items()})
+        taken = split(files, unit, dropped, read, **chosen)
+        if taken["train"] and taken["val"]:
             break
     else:
-        counts = [
-            f"{len(some)} {reason}" for reason, some in sorted(dropped.items())
-        ]
-        usable = sum(map(len, parts.values()))
+        why = [f"{len(some)} {reason}" for reason, some in sorted(dropped.items())]
+        usable = sum(map(len, taken.values()))
         raise CorpusError(
             f"corpus {spec or 'of this Python'!r} has {usable} usable files "
-            f"(left out: {', '.join(counts) or 'none'}); two are the least, one to "
+            f"(left out: {', '.join(why) or 'none'}); two are the least, one to "
             "train on and one to hold out"
         )
-    kinds = {source.kind for source in sources}
-    names = {document.package for part in parts.values() for document in part}
-    found = licences(names) if "site-packages" in kinds else {}
-    if "stdlib" in kinds:
-        found["Python"] = {
-            "version": platform.python_version(),
-            "licence": "PSF-2.0",
-        }
+    scores = grade(taken["train"] + taken["val"])
+    parts = {
+        part: to_documents(some, scores, owners) for part, some in taken.items()
+    }
+    counts = tally(parts, dropped)
+    for package, entry in counts["packages"].items():
+        entry["score"] = scores.get(package, 0.0)
     notes = []
-    if "folder" in kinds:
+    if any(source.kind == "folder" for source in sources):
         notes.append("licences of folders are not recorded; look them up yourself")
     if unit == "path":
         notes.append(
             "split by file, for only one package has usable files: validation loss "
             "will look better than on code by other hands"
         )
-    content = [
-        [part, document.package, document.path, document.sha256]
-        for part, documents in parts.items()
-        for document in documents
-    ]
-    return Corpus(
-        parts["train"],
-        parts["val"],
-        {
-            "spec": shown(spec),
-            **settings,
-            "split_by": "file" if unit == "path" else unit,
-            **tally(parts, dropped),
-            "licences": found,
-            "notes": notes,
+    report = {
+        "spec": shown(spec),
+        **chosen,
+        **settings,
+        "split_by": "file" if unit == "path" else unit,
+        **counts,
+        "licences": {
+            owner.distribution: {"version": owner.version, "licence": owner.licence}
+            for name, owner in sorted(owners.items(), key=lambda item: item[1])
+            if name in counts["packages"]
         },
-        digest(content),
-    )
+        "contaminated": {
+            name: sorted(at) for name, at in sorted(given_away.items())
+        },
+        "notes": notes,
+    }
+    content = [
+        [part, one.package, one.path, one.sha256, one.tier]
+        for part, documents in parts.items()
+        for one in documents
+    ]
+    return Corpus(parts["train"], parts["val"], report, digest(content))
