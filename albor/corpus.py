@@ -2,8 +2,8 @@
 """The corpus: documents to train on and to validate on, and how they came about.
 
 Notable:
-- One call finds, filters, measures and splits, and writes down what it did: what was
-  left out and why, whose packages they are, how they score, what they give away.
+- One call finds, filters, measures and splits, and writes down what it did: what
+  was left out and why, whose packages they are, how they score.
 - The digest names the content. It does not depend on the order of directories, the
   number of workers, or Python's hash seed.
 - No text is held in memory.
@@ -176,7 +176,7 @@ def build_corpus(
     folders, package names or manifests (.csv), separated by `os.pathsep`.
     `max_bytes` takes a sample of about that size from all packages (0: everything);
     `val_bytes` of it, a tenth at most, are held out. `seed` draws the sample and
-    the packages to hold out. `workers` are processes (0: one a core for large sets).
+    the packages to hold out. `workers` are processes (0: a core each, if many files).
     `docstrings` is the least number per line. `licences`: "permissive", "any", or
     "auto": permissive, unless the user has named the packages. `benchmarks` (a
     file, a folder or a list of texts) holds problems that must not be trained on.

@@ -1,30 +1,30 @@
 """The corpus: packages on one side only, sizes kept, the same on every machine."""
 
+import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 import subprocess
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albor import corpus as module
-from albor.corpus import (
-    Corpus,
-    CorpusError,
-    Document,
-    build_corpus,
-    choose_held_out,
-    licences,
-    rank,
-)
-from albor.sources import File, Source, judge
+from albor.corpus import Corpus, build_corpus
+from albor.documents import Document, Reading, find_owners, read_files
+from albor.filters import CorpusError
+from albor.sources import Dropped, File, Source, find_sources, scan
+from albor.split import choose_held_out, rank
 
 
 def program(name: str, lines: int = 12) -> str:
@@ -80,7 +80,7 @@ def check(corpus: Corpus) -> Corpus:
 SIX = {"ant": 9, "bee": 7, "cat": 12, "dog": 3, "elk": 1, "fox": 20}
 
 
-# ------------------------------------------------------------------------ splitting
+# ---------------------------------------------------------------------- splitting
 
 
 @settings(max_examples=300, deadline=None)
@@ -188,7 +188,7 @@ def test_packages_of_rubbish_do_not_empty_a_part(tmp_path: Path) -> None:
     assert corpus.report["dropped"]["does not parse"]["files"] == 1
 
 
-# ------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------- sampling
 
 
 def test_a_sample_keeps_to_its_limits_and_its_breadth(tmp_path: Path) -> None:
@@ -205,13 +205,13 @@ def test_a_sample_reads_little(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = plant(tmp_path, dict.fromkeys("abcdefgh", 30))
-    read = []
+    read: list[File] = []
 
-    def counting(data: bytes) -> tuple[str, str]:
-        read.append(data)
-        return judge(data)
+    def counting(files: list[File], *rest: Any) -> Iterator[Reading]:
+        read.extend(files)
+        return read_files(files, *rest)
 
-    monkeypatch.setattr(module, "judge", counting)
+    monkeypatch.setattr(module, "read_files", counting)
     corpus = build_corpus(str(tree), max_bytes=40_000)
     assert len(read) == len(corpus.train) + len(corpus.val) < 90
 
@@ -222,7 +222,7 @@ def test_a_limit_too_small_for_any_file_is_refused(tmp_path: Path) -> None:
         build_corpus(str(tree), max_bytes=100)
 
 
-# ---------------------------------------------------------------------- determinism
+# -------------------------------------------------------------------- determinism
 
 
 def test_the_same_tree_anywhere_gives_the_same_corpus(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_rank_is_fixed() -> None:
     ]
 
 
-# ----------------------------------------------------------------------- duplicates
+# --------------------------------------------------------------------- duplicates
 
 
 def test_copies_are_dropped_once(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_a_text_in_both_parts_leaves_training(tmp_path: Path) -> None:
     assert not any(document.text == examined.text for document in second.train)
 
 
-# ----------------------------------------------------------------- harm and reports
+# --------------------------------------------------------------- harm and reports
 
 
 def test_files_that_go_away_are_survived(
@@ -358,8 +358,8 @@ def test_files_that_go_away_are_survived(
     tree = plant(tmp_path, SIX)
     real = module.scan
 
-    def scan(sources: list[Source], dropped: module.Dropped) -> list[File]:
-        files = real(sources, dropped)
+    def scan(sources: list[Source], dropped: Dropped, size: int) -> list[File]:
+        files = real(sources, dropped, size)
         (tree / "fox" / "file3.py").unlink()
         (tree / "fox" / "file4.py").unlink()
         (tree / "fox" / "file4.py").mkdir()
@@ -483,7 +483,7 @@ def test_missing_sources_are_refused() -> None:
         build_corpus("email" + os.pathsep + "jsno")
 
 
-# ---------------------------------------------------------------------- this Python
+# -------------------------------------------------------------------- this Python
 
 
 @pytest.fixture(scope="module")
@@ -511,12 +511,17 @@ def test_licences_are_listed(default: Corpus) -> None:
     listed = default.report["licences"]
     assert listed["Python"]["licence"] == "PSF-2.0"
     assert all(set(entry) == {"version", "licence"} for entry in listed.values())
-    found = licences({"numpy", "yaml"})
-    assert {"numpy", "PyYAML"} <= found.keys()
+    three = find_sources(os.pathsep.join(["numpy", "PyYAML", "json"]))
+    found = find_owners(scan(three, Dropped(list)))
+    assert found["json"].distribution == "Python"
     assert (
-        "BSD" in found["numpy"]["licence"] and "MIT" in found["PyYAML"]["licence"]
+        found["numpy"].distribution == "numpy" and "BSD" in found["numpy"].licence
     )
-    assert licences({"no_such_package"}) == {}
+    assert (
+        found["yaml"].distribution == "PyYAML"
+        and found["yaml"].licence == "MIT License"
+    )
+    assert {one.distribution for one in default.train} <= listed.keys()
 
 
 def test_folders_have_no_listed_licence(tmp_path: Path) -> None:
@@ -535,9 +540,214 @@ def test_packages_and_folders_mix(tmp_path: Path) -> None:
     assert packages(corpus.train + corpus.val) <= {"json", "email", *SIX}
 
 
-def test_a_document_is_what_it_says() -> None:
-    document = Document("p", "p/a.py", "é\n")
-    assert document.size == 3
-    assert (
-        document.sha256 == __import__("hashlib").sha256("é\n".encode()).hexdigest()
+# ----------------------------------------------------------------------- licences
+
+
+def test_what_is_not_permissive_is_left_out_where_nobody_chose(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    site = tmp_path / "site-packages"
+    plant(site, {"free": 9, "bound": 8, "silent": 7, "loose": 5, "kept": 6})
+    for name, licence in (
+        ("free", "MIT"),
+        ("bound", "GPL-3.0-only"),
+        ("kept", "BSD"),
+    ):
+        info = site / f"{name}_dist-1.5.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.4\nName: {name}-dist\nVersion: 1.5\n"
+            f"License-Expression: {licence}\n"
+        )
+        (info / "top_level.txt").write_text(name)
+        (info / "RECORD").write_text(f"{name}/file0.py,,\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setattr(
+        module, "resolve", lambda spec: [Source("site-packages", str(site))]
     )
+    corpus = check(build_corpus())
+    assert packages(corpus.train + corpus.val) == {"free", "kept"}
+    assert corpus.report["dropped"]["licence"]["files"] == 8 + 7 + 5
+    assert corpus.report["licences"]["free-dist"] == {
+        "version": "1.5",
+        "licence": "MIT",
+    }
+    assert {one.distribution for one in corpus.train + corpus.val} == {
+        "free-dist",
+        "kept-dist",
+    }
+    everything = check(build_corpus(licences="any"))
+    assert len(packages(everything.train + everything.val)) == 5
+    assert everything.report["licences"]["silent"]["licence"] == "not stated"
+    named = check(build_corpus("free:bound".replace(":", os.pathsep)))
+    assert "bound" in packages(named.train + named.val), (
+        "who names it has chosen it"
+    )
+
+
+# ------------------------------------------------------------ tiers and manifests
+
+
+def wheel(folder: Path, name: str, files: int, body: str, **fields: Any) -> Source:
+    """An unpacked wheel with so many files, and one test among them."""
+    for number in range(files):
+        path = folder / name / name / f"file{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(body.replace("NAME", f"{name}_{number}"))
+    (folder / name / name / "test_it.py").write_text(
+        body.replace("NAME", f"{name}_it")
+    )
+    return Source(
+        "wheel", str(folder / name), distribution=name, version="2", **fields
+    )
+
+
+EXPLAINED = "def NAME(value: int) -> int:\n    'Say what it does, at length.'\n    return value\n"
+BARE = "def NAME(value):\n    number = value + value + value\n    return number\n"
+
+
+def test_tiers_are_measured_and_tests_are_never_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [
+        wheel(tmp_path, "good", 6, EXPLAINED, licence="MIT"),
+        wheel(tmp_path, "bare", 7, BARE, licence="MIT"),
+        wheel(tmp_path, "said", 5, BARE, licence="MIT", tier=1),
+        wheel(tmp_path, "told", 4, EXPLAINED, licence="MIT", tier=2),
+    ]
+    monkeypatch.setattr(module, "resolve", lambda spec: sources)
+    corpus = check(build_corpus("all.csv"))
+    for document in corpus.train + corpus.val:
+        first = document.package in ("good", "said")
+        tested = document.path.endswith("test_it.py")
+        assert document.tier == (1 if first and not tested else 2), document.path
+        assert document.distribution == document.package
+    scores = {name: one["score"] for name, one in corpus.report["packages"].items()}
+    assert scores == {"good": 2.0, "bare": 0.0, "said": 0.0, "told": 2.0}
+    other = [*sources[:3], replace(sources[3], tier=1)]
+    monkeypatch.setattr(module, "resolve", lambda spec: other)
+    assert build_corpus("all.csv").digest != corpus.digest, "tiers are content"
+
+
+def test_a_manifest_says_what_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [
+        wheel(tmp_path, "one", 6, BARE, licence="MIT"),
+        wheel(tmp_path, "two", 20, BARE, licence="MIT", split="val"),
+        wheel(tmp_path, "three", 5, BARE, licence="GPL-3.0", split="val"),
+    ]
+    monkeypatch.setattr(module, "resolve", lambda spec: sources)
+    corpus = build_corpus("all.csv", licences="permissive")
+    assert packages(corpus.val) == {"two"} and packages(corpus.train) == {"one"}
+    assert len(corpus.val) == 21, "all of it, though it is more than a tenth"
+    few = build_corpus("all.csv", val_bytes=500)
+    assert size(few.val) <= 500 and packages(few.train) == {"one"}
+
+
+# ---------------------------------------------------------- workers, text on disk
+
+
+def test_any_number_of_workers_gives_the_same_corpus(tmp_path: Path) -> None:
+    tree = plant(tmp_path, dict.fromkeys("abcdefgh", 45))
+    (tree / "a" / "slow.py").write_text(program("slow", 2000))
+    (tree / "a" / "slow2.py").write_text(program("slow", 2000))
+    one, two, three = (check(build_corpus(str(tree), workers=n)) for n in (1, 2, 3))
+    assert one.digest == two.digest == three.digest
+    assert one.report == two.report == three.report
+    assert one.report["dropped"]["duplicate"]["files"] == 1
+
+
+def test_a_text_that_changes_is_refused(tmp_path: Path) -> None:
+    tree = plant(tmp_path, SIX)
+    corpus = build_corpus(str(tree))
+    document = corpus.train[0]
+    Path(document.place).write_text(document.text + "# more\n")
+    with pytest.raises(
+        CorpusError, match=rf"{document.path}: .* build the corpus again"
+    ):
+        document.text  # noqa: B018
+    Path(document.place).unlink()
+    with pytest.raises(CorpusError, match=r"cannot be read any more"):
+        document.text  # noqa: B018
+
+
+def test_texts_are_not_held_and_places_are_not_told(tmp_path: Path) -> None:
+    corpus = build_corpus(str(plant(tmp_path, SIX)))
+    assert str(tmp_path) not in repr(corpus) and "value = value" not in repr(corpus)
+
+
+def test_documents_travel_to_workers(tmp_path: Path) -> None:
+    document = build_corpus(str(plant(tmp_path, SIX))).val[0]
+    again = pickle.loads(pickle.dumps(document))
+    assert again == document and again.text == document.text
+
+
+def test_crlf_and_marks_are_cleaned_once(tmp_path: Path) -> None:
+    place = tmp_path / "a.py"
+    place.write_bytes(b"\xef\xbb\xbfx = 1\r\ny = '\xc3\xa9'\r\n")
+    document = Document.read(place)
+    assert document.text == "x = 1\ny = 'é'\n" and document.size == 15
+    assert document.sha256 == hashlib.sha256(document.text.encode()).hexdigest()
+
+
+# --------------------------------------------------------------------- more rules
+
+
+def test_docstrings_are_asked_for_on_request(tmp_path: Path) -> None:
+    tree = plant(tmp_path, SIX)
+    for name in ("ant", "bee", "fox"):
+        place = tree / name / "file0.py"
+        place.write_text('"""What this is for."""\n' + place.read_text())
+    corpus = check(build_corpus(str(tree), docstrings=0.02))
+    assert {one.path for one in corpus.train + corpus.val} == {
+        "ant/file0.py",
+        "bee/file0.py",
+        "fox/file0.py",
+    }
+    dropped = corpus.report["dropped"]["few docstrings"]["files"]
+    assert dropped == sum(SIX.values()) - 3
+
+
+def test_the_size_of_a_file_is_a_parameter(tmp_path: Path) -> None:
+    tree = plant(tmp_path, SIX)
+    (tree / "fox" / "long.py").write_text(program("long", 6000))
+    assert build_corpus(str(tree)).report["dropped"]["too large"]["files"] == 1
+    corpus = build_corpus(str(tree), max_file_bytes=1_000_000)
+    assert "too large" not in corpus.report["dropped"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"licences": "all"}, r"licences = 'all': give one of"),
+        ({"docstrings": 2}, r"docstrings = 2: give a number from 0 to 1"),
+        ({"docstrings": "0.1"}, r"docstrings = '0.1'"),
+        ({"workers": -1}, r"workers = -1: give a whole number >= 0"),
+        ({"max_file_bytes": 0}, r"max_file_bytes = 0"),
+    ],
+)
+def test_more_bad_settings(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(CorpusError, match=message):
+        build_corpus("json", **setting)
+
+
+def test_a_script_without_a_guard_starts_no_pool_of_pools(tmp_path: Path) -> None:
+    tree = plant(tmp_path / "tree", dict.fromkeys("abcdefgh", 45))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom albor.corpus import build_corpus\n"
+        "print('started')\n"
+        "print(build_corpus(sys.argv[1], workers=2).digest)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, str(script), str(tree)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    assert run.stdout.split() == [
+        "started",
+        build_corpus(str(tree), workers=1).digest,
+    ]
