@@ -114,9 +114,8 @@ def read_manifest(path: str | Path) -> list[Wheel]:
             raise CorpusError(f"manifest {path}, line {line}: {why}")
         name, version, licence, sha256, file, tier = (row[c] for c in _COLUMNS)
         split, number = ("val", 0) if tier == "val" else (others, int(tier or 0))
-        wheels[_normal(name)] = Wheel(
-            name, version, licence, sha256, file, number, split
-        )
+        wheel = Wheel(name, version, licence, sha256, file, number, split)
+        wheels[_normal(name)] = wheel
     return list(wheels.values())
 
 
@@ -244,6 +243,8 @@ def unpack(file: Path) -> Path:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as packed, open(place, "xb") as stream:
                     shutil.copyfileobj(packed, stream)
+            if why := _difference(entries, new):  # a size that lies, for example
+                raise ValueError(f"unpacked, {why}")
             shutil.rmtree(tree, ignore_errors=True)
             os.replace(new, tree)
     return tree
@@ -272,10 +273,8 @@ def fetch(
             how = f"{file.stat().st_size:,} bytes"
         _expect(wheel, sha256_file(file), f"delete it in {folder}, fetch again")
         unpack(file)
-        print(
-            f"{number}/{len(wheels)} {wheel.name} {wheel.version}: {how}",
-            flush=True,
-        )
+        what = f"{number}/{len(wheels)} {wheel.name} {wheel.version}"
+        print(f"{what}: {how}", flush=True)
     return place
 
 
