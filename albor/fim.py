@@ -2,11 +2,11 @@
 """Fill-in-the-middle: rows of tokens in which some texts are told out of order.
 
 Notable:
-- A sample lies whole in one row: it is made of what falls into that row, not before.
-- Cuts fall between characters, where a hash of (seed, key) puts them; the parts are
-  encoded one by one, so that a prompt has the tokens that training has shown.
+- A sample lies whole in one row: it is made of what has fallen into that row.
+- Cuts fall between characters, where a hash of (seed, key) puts them; the parts
+  are encoded one by one, so that a prompt has the tokens that training has shown.
 - `</s>` follows a middle only where the document really ends.
-- Every sample gives back its text exactly, and can be encoded again to the same ids.
+- Every sample gives back its text exactly, and its text the same ids.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ from albor.tokenizer import (
 __all__ = [
     "LINE",
     "STYLES",
+    "WITHIN",
     "Encoded",
     "FimError",
-    "Packer",
     "Rows",
     "arrange",
     "decode_parts",
@@ -92,8 +92,8 @@ def encode_parts(
 
     `ended` says that the document ends with the suffix; then `</s>` comes last.
     """
-    parts = tokenizer.encode_batch([prefix, middle, suffix])
-    ids = arrange(*parts, style)
+    one, two, three = tokenizer.encode_batch([prefix, middle, suffix])
+    ids = arrange(one, two, three, style)
     return [*ids, EOS] if ended else ids
 
 
@@ -128,12 +128,8 @@ def decode_parts(
             f"beginning with {ids[:1]}"
         )
     at, end = ids.index(FIM_SUFFIX), ids.index(FIM_MIDDLE)
-    prefix, suffix, middle = ids[1:at], ids[at + 1 : end], ids[end + 1 :]
-    return (
-        tokenizer.decode(prefix),
-        tokenizer.decode(middle),
-        tokenizer.decode(suffix),
-    )
+    decode = tokenizer.decode
+    return decode(ids[1:at]), decode(ids[end + 1 :]), decode(ids[at + 1 : end])
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,18 +141,18 @@ class Rows:
     plain: np.ndarray  # int64 (documents,): tokens of each in rows, left to right
     fragments: int  # pieces of a document in one row, reordered or not
     samples: int  # those that are reordered
-    overhead: (
-        int  # tokens that reordering added: 3 signs each, and words cut in two
-    )
+    overhead: int  # tokens that reordering added: 3 signs each, words cut in two
     dropped: int  # tokens after the last whole row
 
 
 # The beginning of a line that is not blank, as bytes: what comes next is visible.
 LINE = re.compile(rb"\n(?=[ \t]*[!-~])")
+# The bytes of UTF-8 that go on with a character.
+WITHIN = {bytes([byte]) for byte in range(0x80, 0xC0)}
 
 
 class Encoded:
-    """A document and its ids; encodes any piece of it, mostly by copying ids."""
+    """A document and its ids: encodes pieces of it, mostly by copying ids."""
 
     def __init__(
         self, tokenizer: Tokenizer, text: str, ids: list[int], widths: np.ndarray
@@ -167,99 +163,50 @@ class Encoded:
         lines = LINE.finditer(self.data) if tokenizer.keeps_lines else ()
         self.lines = np.array([line.end() for line in lines], dtype=np.int64)
 
-    def whole(self, token: int, step: int) -> int:
-        """`token`, or the next one that does not begin inside a character."""
-        while self.inside(int(self.ends[token])):
-            token += step
-        return token
-
-    def inside(self, place: int) -> bool:
-        return place < len(self.data) and self.data[place] & 0xC0 == 0x80
-
     def encode(self, first: int, last: int) -> list[int]:
         """The ids of bytes `first` to `last`, as the tokenizer alone gives them."""
         encode, data = self.tokenizer.encode, self.data
         lines = self.lines[slice(*self.lines.searchsorted((first, last + 1)))]
         if len(lines) < 2:
             return encode(data[first:last].decode())
-        copied = self.ids[slice(*self.ends.searchsorted(lines[[0, -1]]))].tolist()
-        head, tail = (
-            data[first : lines[0]].decode(),
-            data[lines[-1] : last].decode(),
-        )
-        return [*encode(head), *copied, *encode(tail)]
+        head = encode(data[first : lines[0]].decode())
+        tail = encode(data[lines[-1] : last].decode())
+        copied = self.ids[slice(*self.ends.searchsorted(lines[[0, -1]]))]
+        return [*head, *copied.tolist(), *tail]
 
-
-class Packer:
-    """Appends documents to a stream; what falls into one row may be reordered."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        row_tokens: int,
-        rate: float,
-        style: str,
-        seed: int,
-    ) -> None:
-        self.tokenizer, self.row_tokens = tokenizer, row_tokens
-        self.rate, self.style, self.seed = rate, style, seed
-        self.widths = np.array(tokenizer.byte_lengths())
-        self.stream = [np.array([EOS], dtype=np.uint16)]
-        self.length = 1
-        self.starts: list[int] = []
-        # Of each fragment: where it ends, its document, its tokens, whether it is
-        # reordered, and the tokens that this has added.
-        self.log: list[tuple[int, int, int, bool, int]] = []
-
-    def put(self, ids: Sequence[int] | np.ndarray) -> None:
-        self.stream.append(np.array(ids, dtype=np.uint16))
-        self.length += len(ids)
-
-    def add(self, text: str, key: str, ids: list[int]) -> None:
-        """Append one document, whose plain encoding is `ids`, and its `</s>`."""
-        document = Encoded(self.tokenizer, text, ids, self.widths)
-        done, number, index = 0, 0, len(self.starts)
-        self.starts.append(self.length)
-        while done < len(ids):
-            room = self.row_tokens - self.length % self.row_tokens
-            name, found = f"{number}:{key}", None
-            if draw(self.seed, name)[0] < self.rate:
-                found = self.reorder(document, done, room, name)
-            stop = min(len(ids), done + room)
-            stop, piece = found or (stop, document.ids[done:stop])
-            self.put(piece)
-            extra = len(piece) - (stop - done)
-            self.log.append((self.length, index, stop - done, bool(found), extra))
-            done, number = stop, number + 1
-        self.put([EOS])
+    def whole(self, token: int, step: int) -> int:
+        """`token`, or the next one that does not begin inside a character."""
+        while self.data[self.ends[token] :][:1] in WITHIN:
+            token += step
+        return token
 
     def reorder(
-        self, document: Encoded, done: int, room: int, key: str
+        self, done: int, room: int, style: str, key: str, seed: int
     ) -> tuple[int, list[int]] | None:
-        """(token `stop`, a sample made of the tokens `done` to `stop`), if one fits.
+        """(`stop`, a sample made of the tokens `done` to `stop`), if one fits.
 
         It fills the room to the token, or holds the document's end and is shorter.
         """
-        last = len(document.ids)
-        start = document.whole(done, 1)  # the row before may have cut a character
-        lead = document.ids[done:start].tolist()
+        last = len(self.ids)
+        start = self.whole(done, 1)  # the row before may have cut a character
+        lead = self.ids[done:start].tolist()
         left = room - len(lead) - 3
         for slack in (2, 3, 5, 8, 13):
-            stop = document.whole(max(start, min(last, start + left - slack)), -1)
+            stop = self.whole(max(start, min(last, start + left - slack)), -1)
             if stop <= start:
                 break
-            begin, end = document.ends[[start, stop]].tolist()
-            parts = split_text(document.data[begin:end].decode(), key, self.seed)
+            begin, end = self.ends[[start, stop]].tolist()
+            parts = split_text(self.data[begin:end].decode(), key, seed)
             one = begin + len(parts[0].encode())
             two = one + len(parts[1].encode())
-            prefix, middle = document.encode(begin, one), document.encode(one, two)
+            prefix, middle = self.encode(begin, one), self.encode(one, two)
             for _ in range(4):
-                suffix = document.encode(two, int(document.ends[stop]))
+                suffix = self.encode(two, int(self.ends[stop]))
                 missing = left - len(prefix) - len(middle) - len(suffix)
                 if missing == 0 or (missing > 0 and stop == last):
-                    return stop, lead + arrange(prefix, middle, suffix, self.style)
-                stop = document.whole(max(start, min(last, stop + missing)), -1)
-                if document.ends[stop] < two:
+                    return stop, lead + arrange(prefix, middle, suffix, style)
+                stop = self.whole(max(start, min(last, stop + missing)), -1)
+                if self.ends[stop] < two:
                     break  # the suffix is too short to give so many tokens back
         return None
 
@@ -277,8 +224,8 @@ def pack_rows(
     """Fill rows of `row_tokens` with `</s> text </s> text </s> ...`.
 
     What of a text falls into one row is reordered with the probability `rate`, and
-    then its three control tokens lie in that row. Draws depend on (seed, key, number
-    of the fragment) alone. Tokens that do not fill a last row are dropped, counted.
+    its three control tokens lie in that row. Draws depend on (seed, key, number of
+    the fragment) alone. Tokens that do not fill a last row are dropped and counted.
     """
     if type(row_tokens) is not int or row_tokens < 4:
         raise FimError(f"row_tokens = {row_tokens!r}: give a whole number from 4")
@@ -287,28 +234,44 @@ def pack_rows(
     if style not in STYLES:
         raise FimError(f"style = {style!r}: give one of {', '.join(STYLES)}")
     if len(texts) != len(keys):
-        raise FimError(
-            f"{len(texts)} texts and {len(keys)} keys: give each its own"
-        )
-    packer = Packer(tokenizer, row_tokens, rate, style, seed)
-    for text, key, ids in zip(
-        texts, keys, tokenizer.encode_batch(texts), strict=True
-    ):
-        packer.add(text, key, ids)
-    kept = packer.length - packer.length % row_tokens
-    log = np.array(packer.log, dtype=np.int64).reshape(-1, 5)
-    log = log[
-        log[:, 0] <= kept
-    ]  # fragments lie in one row: kept whole or not at all
-    plain = np.bincount(log[:, 1], weights=log[:, 2], minlength=len(texts))
+        raise FimError(f"{len(texts)} texts, {len(keys)} keys: give each its own")
+    widths = np.array(tokenizer.byte_lengths())
+    end = np.array([EOS], dtype=np.uint16)
+    stream, length = [end], 1
+    starts: list[int] = []
+    log = []  # of each fragment: its end, its document, its tokens, tokens added
+    encoded = tokenizer.encode_batch(texts)
+    for text, key, ids in zip(texts, keys, encoded, strict=True):
+        document = Encoded(tokenizer, text, ids, widths)
+        starts.append(length)
+        done = number = 0
+        while done < len(ids):
+            room = row_tokens - length % row_tokens
+            name, found = f"{number}:{key}", None
+            if draw(seed, name)[0] < rate:
+                found = document.reorder(done, room, style, name, seed)
+            stop = min(len(ids), done + room)
+            stop, piece = found or (stop, document.ids[done:stop])
+            stream.append(np.array(piece, dtype=np.uint16))
+            length += len(piece)
+            tokens, done, number = stop - done, stop, number + 1
+            log.append((length, len(starts) - 1, tokens, len(piece) - tokens))
+        stream.append(end)
+        length += 1
+    kept = length - length % row_tokens
+    table = np.array(log, dtype=np.int64).reshape(-1, 4)
+    table = table[table[:, 0] <= kept]  # a fragment is in these rows or is not
+    plain = np.zeros(len(texts), dtype=np.int64)
+    np.add.at(plain, table[:, 1], table[:, 2])
+    all_ids = np.concatenate(stream)[:kept]
     return Rows(
-        ids=np.concatenate(packer.stream)[:kept],
-        starts=np.minimum([*packer.starts, kept], kept).astype(np.uint64),
-        plain=plain.astype(np.int64),
-        fragments=len(log),
-        samples=int(log[:, 3].sum()),
-        overhead=int(log[:, 4].sum()),
-        dropped=packer.length - kept,
+        ids=all_ids,
+        starts=np.minimum([*starts, kept], kept).astype(np.uint64),
+        plain=plain,
+        fragments=len(table),
+        samples=int((all_ids == FIM_PREFIX).sum()),
+        overhead=int(table[:, 3].sum()),
+        dropped=length - kept,
     )
 
 
@@ -320,6 +283,4 @@ def find_samples(ids: np.ndarray, row_tokens: int) -> list[slice]:
         ends[np.searchsorted(ends, starts, side="right")],
         (starts // row_tokens + 1) * row_tokens,
     )
-    return [
-        slice(*pair) for pair in zip(starts.tolist(), stops.tolist(), strict=True)
-    ]
+    return list(map(slice, starts.tolist(), stops.tolist()))

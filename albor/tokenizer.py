@@ -67,8 +67,8 @@ SPLIT_PATTERN = "|".join(
     )
 )
 
-# The rule of GPT-2, from src/encoder.py of github.com/openai/gpt-2 (MIT licence), and
-# the original's setting. Kept for comparison: `Tokenizer.train(pattern=GPT2_PATTERN)`.
+# GPT-2's rule, from src/encoder.py of github.com/openai/gpt-2 (MIT licence). It was
+# the original's: `Tokenizer.train(texts, pattern=GPT2_PATTERN)` makes one like it.
 GPT2_PATTERN = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 )
@@ -134,8 +134,8 @@ class Tokenizer:
 
     `decode(encode(text)) == text` for every string that has a UTF-8 form.
     `vocab_size` counts the entries; `digest` is the SHA-256 of the `tokenizer.json`
-    that `save` writes. `keeps_lines`: it cuts by `SPLIT_PATTERN`, so that a line that
-    is not blank has the same ids wherever it stands.
+    that `save` writes. `keeps_lines`: it cuts by `SPLIT_PATTERN`, so that no token
+    reaches over the beginning of a line that is not blank.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -162,9 +162,9 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Learn merges from whole documents; the same texts give the same bytes.
 
-        `pattern` is the cutting rule; the saved file keeps it. Small corpora run out
-        of pairs that occur twice; then the vocabulary stays smaller than asked, with
-        a warning that says so.
+        `pattern` is the cutting rule; the file keeps it. Small corpora run out of
+        pairs that occur twice; then the vocabulary stays smaller than asked, with a
+        warning that says so.
         """
         smallest = len(SPECIAL_TOKENS) + 256
         if type(vocab_size) is not int or not smallest <= vocab_size <= 65_536:
@@ -272,9 +272,9 @@ class Tokenizer:
         Their sums over `encode(text)` are the places in `text.encode()` at which a
         token ends.
         """
-        names = map(self._backend.id_to_token, range(self.vocab_size))
         control = len(SPECIAL_TOKENS)  # the others are written a letter to a byte
-        return [0 if i < control else len(name) for i, name in enumerate(names)]
+        names = map(self._backend.id_to_token, range(control, self.vocab_size))
+        return [0] * control + [len(name or "") for name in names]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`: control tokens spelled out, nothing cleaned away.
