@@ -155,7 +155,7 @@ def density(tree: ast.Module, lines: int = 0) -> Density:
 GOOD = 0.9  # of at most 2: the score from which a package belongs to tier 1
 
 TEST_FILE = re.compile(
-    r"(^|/)(tests?|testing)/"  # in a folder of tests
+    r"(^|/)(tests?|testing|_tests)/"  # in a folder of tests
     r"|(^|/)(test_[^/]*|[^/]*_test|conftest)\.py$"  # or a test by its own name
 )
 
