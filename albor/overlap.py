@@ -1,14 +1,13 @@
 # Generated from book/overlap.md: edit the chapter, not this file.
-"""The same words again: evaluation problems in training files, and near-copies.
+"""The same words again: runs of words, and evaluation problems in training files.
 
 Notable:
-- A text is the set of its runs of n words, its n-grams. Signs, numbers and layout do
-  not count: reformatted code is the same text, and `0, 0, 0, 0` is no evidence.
+- A text is the set of its runs of n words, its n-grams. Signs, numbers and layout
+  do not count: reformatted code is the same text, and `0, 0, 0, 0` is no evidence.
 - Runs are 64-bit hashes computed by NumPy, tens of megabytes a second, from nothing
   but the bytes: the same in every process and on every machine.
 - Contamination is judged file by file, so that it does not depend on the order of
   files, on the number of workers, or on what else is in the corpus.
-- Near-copies are found by MinHash and banding: no pair that is unlike is compared.
 """
 
 import gzip
@@ -28,16 +27,12 @@ from albor.config import project_path
 __all__ = [
     "BOILERPLATE",
     "FIELDS",
-    "ORDERS",
     "RUN",
     "SUFFIXES",
     "Contamination",
     "OverlapError",
-    "chance",
-    "jaccard",
+    "fixed_numbers",
     "load_problems",
-    "minhash",
-    "near_duplicates",
     "ngrams",
     "problem_text",
     "run_hashes",
@@ -58,14 +53,16 @@ def words(text: str) -> list[str]:
     return [word for word in RUN.findall(text) if word[0] not in "0123456789"]
 
 
-def _fixed(key: str, count: int) -> np.ndarray:
-    """`count` random-looking uint64, always the same ones for a key."""
+def fixed_numbers(key: str, count: int) -> np.ndarray:
+    """`count` uint64 that look random, always the same ones for a key."""
     data = hashlib.shake_256(f"albor.overlap {key}".encode()).digest(8 * count)
     return np.frombuffer(data, dtype="<u8").astype(np.uint64)
 
 
-_BYTE = _fixed("bytes", 256)
-_BASE, _STEP = _fixed("factors", 2) | np.uint64(1)  # odd, so that nothing is lost
+_BYTE = fixed_numbers("bytes", 256)
+_BASE, _STEP = fixed_numbers("factors", 2) | np.uint64(
+    1
+)  # odd, so that nothing is lost
 _KIND = np.zeros(
     256, dtype=np.uint8
 )  # of a byte: 0 between words, 2 a digit, 1 else
@@ -95,7 +92,7 @@ def word_hashes(text: str) -> np.ndarray:
 
 
 def run_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
-    """One number per run of `n` words, in order, repeats too: uint64 (W - n + 1,)."""
+    """One number per run of `n` words, in order: uint64 (W - n + 1,)."""
     count = max(0, len(hashes) - n + 1)
     runs = np.zeros(count, dtype=np.uint64)
     for j in range(n):
@@ -117,9 +114,10 @@ class OverlapError(ValueError):
 # What counts as the text of a problem: the question and the answer, not the tests.
 FIELDS = ("prompt", "text", "code", "canonical_solution")
 
-# What says nothing about a problem: comments at its top, and imports.
+# What says nothing about a problem: a licence at its top, and imports.
 BOILERPLATE = re.compile(
-    r"\A(?:[ \t]*(?:#.*)?\n)+"
+    r"\A(?=(?:[ \t]*(?:#.*)?\n)*[ \t]*#.*(?i:copyright|licen[cs]e))"
+    r"(?:[ \t]*(?:#.*)?\n)+"
     r"|^[ \t]*from[ \t]+[\w.]+[ \t]+import[ \t]*(?:\([^)]*\)|.*)"
     r"|^[ \t]*import[ \t]+\w.*",
     re.MULTILINE,
@@ -145,7 +143,7 @@ def problem_text(problem: object, where: str) -> str:
     if not words(text):
         raise OverlapError(
             f"{where} has no words to look for (signs, numbers, imports and the "
-            f"comment at the top do not count): {problem!r:.60}; leave it out"
+            f"licence at the top do not count): {problem!r:.60}; leave it out"
         )
     return text
 
@@ -167,37 +165,50 @@ def _read(path: Path) -> bytes:
     raise OverlapError(f"problems: {path} {why}")
 
 
-def _in_file(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    """(Name, text) of the problems in one file, shown as `name`."""
+def _in_file(path: Path, name: str) -> Iterator[tuple[str, object]]:
+    """(Place, problem) of every problem in one file, which is shown as `name`."""
     data, kind = _read(path), path.name.removesuffix(".gz")
     try:
-        if not kind.endswith((".json", ".jsonl")):
-            yield name, problem_text(data.decode("utf-8-sig"), name)
-        elif kind.endswith(".jsonl"):
+        if kind.endswith(".jsonl"):
             for number, line in enumerate(data.splitlines(), start=1):
                 if line.strip():
-                    problem = parse_json(line, name, number)
-                    yield from _named(problem, f"{name}, line {number}")
-        else:
+                    place = f"{name}, line {number}"
+                    yield place, parse_json(line, name, number)
+        elif kind.endswith(".json"):
             value = parse_json(data, name)
-            if isinstance(value, Mapping) and not set(FIELDS) & set(value):
-                for key, problem in value.items():
-                    yield key, problem_text(problem, f"{name}, {key!r}")
-            else:
-                for i, problem in enumerate(
-                    value if isinstance(value, list) else [value], start=1
-                ):
-                    yield from _named(problem, f"{name}, problem {i}")
-    except ArtifactError as error:  # broken JSON: it names the line
+            several = value if isinstance(value, list) else [value]
+            for number, problem in enumerate(several, start=1):
+                yield f"{name}, problem {number}", problem
+        else:
+            yield name, data.decode("utf-8-sig")
+    except ArtifactError as error:  # broken JSON: it names the file and the line
         raise OverlapError(f"problems: {error}") from None
     except UnicodeDecodeError as error:
         raise OverlapError(f"problems: {name} is not UTF-8: {error}") from None
 
 
-def _named(problem: object, where: str) -> Iterator[tuple[str, str]]:
-    """A problem under its `task_id`, or under the place where it stands."""
-    given = problem.get("task_id") if isinstance(problem, Mapping) else None
-    yield str(where if given is None else given), problem_text(problem, where)
+def _problems(source: Any) -> Iterator[tuple[str, object]]:
+    """(Place, problem) of every problem, in order."""
+    if isinstance(source, str | os.PathLike):
+        path = project_path(os.fspath(source))
+        if not path.is_dir() and not path.is_file():
+            raise OverlapError(f"problems: no file or folder {path}; mend the path")
+        if path.is_file():
+            yield from _in_file(path, path.name)  # and os.walk finds nothing
+        for folder, folders, names in os.walk(path):
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            names = [x for x in names if x.removesuffix(".gz").endswith(SUFFIXES)]
+            for file in (Path(folder, name) for name in sorted(names)):
+                if file.is_file():
+                    yield from _in_file(file, file.relative_to(path).as_posix())
+    elif isinstance(source, Iterable) and not isinstance(source, bytes | Mapping):
+        for i, item in enumerate(source):
+            is_path = isinstance(item, os.PathLike)
+            yield from _problems(item) if is_path else [(f"problems[{i}]", item)]
+    else:
+        raise OverlapError(
+            f"problems = {source!r:.60}: give a path or a list of texts or mappings"
+        )
 
 
 def load_problems(source: str | os.PathLike | Iterable[Any]) -> dict[str, str]:
@@ -205,50 +216,24 @@ def load_problems(source: str | os.PathLike | Iterable[Any]) -> dict[str, str]:
 
     `source`: the path of a file (.jsonl, .json, .py or .txt, each also .gz) or of a
     folder of such files; or a list of texts, of mappings in HumanEval's schema, or
-    of `Path`s. A text file is one problem. Relative paths start at the project.
+    of `Path`s. A text file is one problem. Relative paths start at the project. A
+    problem is named by its `task_id`, or by the place where it stands.
     """
     found: dict[str, str] = {}
-    for name, text in _problems(source):
-        label = name
-        for number in range(2, len(found) + 3):
-            if found.setdefault(label, text) == text:
-                break
-            label = f"{name} ({number})"  # two problems of one name
+    for place, problem in _problems(source):
+        text = problem_text(problem, place)
+        given = problem.get("task_id") if isinstance(problem, Mapping) else None
+        label = name = place if given is None else str(given)
+        number = 1
+        while found.setdefault(label, text) != text:  # two problems of one name
+            number += 1
+            label = f"{name} ({number})"
     if not found:
         raise OverlapError(
             f"problems: none in {source!r:.200}; give a file or a folder with "
             f"{', '.join(SUFFIXES)} (or .gz of them), or a list that is not empty"
         )
     return found
-
-
-def _problems(source: Any) -> Iterator[tuple[str, str]]:
-    """(Name, text) of all problems, in order; names may come twice."""
-    if isinstance(source, str | os.PathLike):
-        path = project_path(os.fspath(source))
-        if path.is_dir():
-            for folder, folders, names in os.walk(path):
-                folders[:] = sorted(x for x in folders if not x.startswith("."))
-                for file in (Path(folder, name) for name in sorted(names)):
-                    plain = file.name.removesuffix(".gz")
-                    if plain.endswith(SUFFIXES) and file.is_file():
-                        yield from _in_file(file, file.relative_to(path).as_posix())
-        elif not path.is_file():
-            raise OverlapError(
-                f"problems: {path} is no file or folder; mend the path"
-            )
-        else:
-            yield from _in_file(path, path.name)
-    elif isinstance(source, Iterable) and not isinstance(source, bytes | Mapping):
-        for i, item in enumerate(source):
-            if isinstance(item, os.PathLike):
-                yield from _problems(item)
-            else:
-                yield from _named(item, f"problems[{i}]")
-    else:
-        raise OverlapError(
-            f"problems = {source!r:.60}: give a path, or a list of texts or mappings"
-        )
 
 
 class Contamination:
@@ -258,173 +243,54 @@ class Contamination:
     runs of `n` words (all runs, if the problem has fewer; all words in a row, if it
     has fewer than `n`). Runs in more than 5% of the problems, four at the least, do
     not count, unless a problem has no others. Picklable; no two processes disagree.
+    `counts` says how many runs each problem has, `digest` names problems and rule.
     """
 
-    def __init__(
-        self, problems: Mapping[str, str], n: int = 10, least: int = 3
-    ) -> None:
+    def __init__(self, problems: Mapping[str, str], n: int = 10, least: int = 3):
         for key, value in (("n", n), ("least", least)):
             if type(value) is not int or value < 1:
                 raise OverlapError(f"{key} = {value!r}: give a whole number >= 1")
         if not problems:
             raise OverlapError("no problems to look for; give at least one")
-        self.names = tuple(problems)
-        self.settings = {"n": n, "least": least, "problems": digest(dict(problems))}
-        hashes = [word_hashes(problem_text(problems[x], x)) for x in self.names]
-        runs = [np.unique(run_hashes(one, min(n, len(one)))) for one in hashes]
+        self.names, self.least = tuple(problems), least
+        self.digest = digest([n, least, dict(problems)])
+        hashes = [word_hashes(text) for text in problems.values()]
+        lengths = [min(n, len(one)) for one in hashes]
+        if 0 in lengths:
+            name = self.names[lengths.index(0)]
+            raise OverlapError(f"problem {name} has no words; use load_problems")
+        pairs = zip(hashes, lengths, strict=True)
+        runs = [np.unique(run_hashes(*pair)) for pair in pairs]
         every, times = np.unique(np.concatenate(runs), return_counts=True)
         common = every[times > max(3, 0.05 * len(runs))]
-        runs = [
-            x if np.isin(x, common).all() else np.setdiff1d(x, common) for x in runs
-        ]
-        self.counts = np.array([len(one) for one in runs])  # runs of every problem
-        self.needed = np.minimum(self.counts, least)
-        # By length of run: the numbers to look for, sorted, and (number, problem).
-        self._tables = {}
-        for length in sorted({min(n, len(one)) for one in hashes}):
-            chosen = [
-                i for i, one in enumerate(hashes) if min(n, len(one)) == length
-            ]
-            wanted = np.unique(np.concatenate([runs[i] for i in chosen]))
-            pairs = [(np.searchsorted(wanted, runs[i]), i) for i in chosen]
-            numbers = np.concatenate([places for places, _ in pairs])
-            owners = np.repeat([i for _, i in pairs], [len(p) for p, _ in pairs])
-            self._tables[length] = wanted, numbers, owners
+        for i, one in enumerate(runs):
+            if not np.isin(one, common).all():
+                runs[i] = np.setdiff1d(one, common)
+        counts = [len(one) for one in runs]
+        self.counts = dict(zip(self.names, counts, strict=True))
+        # By length of run: what to look for, sorted; and pairs (which one, whose)
+        self._tables: dict[int, tuple[np.ndarray, ...]] = {}
+        for length in sorted({*lengths}):
+            chosen = [i for i, one in enumerate(lengths) if one == length]
+            joined = np.concatenate([runs[i] for i in chosen])
+            owners = np.repeat(chosen, [counts[i] for i in chosen])
+            self._tables[length] = *np.unique(joined, return_inverse=True), owners
 
     def shared(self, text: str) -> dict[str, int]:
-        """Problem -> number of runs that it shares with `text`, if there are any."""
+        """Problem -> number of runs that it shares with `text`, if any."""
         hashes = word_hashes(text)
         totals = np.zeros(len(self.names), dtype=np.int64)
-        for length, (wanted, numbers, owners) in self._tables.items():
+        for length, (wanted, which, owners) in self._tables.items():
             runs = run_hashes(hashes, length)
             places = np.searchsorted(wanted, runs).clip(max=len(wanted) - 1)
             places = places[wanted[places] == runs]
             if len(places):
                 present = np.zeros(len(wanted), dtype=bool)
                 present[places] = True
-                hits = owners[present[numbers]]
-                totals += np.bincount(hits, minlength=len(totals))
+                totals += np.bincount(owners[present[which]], minlength=len(totals))
         return {self.names[i]: int(totals[i]) for i in np.flatnonzero(totals)}
 
     def found(self, text: str) -> dict[str, int]:
-        """The problems that contaminate `text` -> runs shared; empty for a clean one."""
-        needed = dict(zip(self.names, self.needed.tolist(), strict=True))
-        return {x: n for x, n in self.shared(text).items() if n >= needed[x]}
-
-    def report(
-        self, shared: Iterable[tuple[str, Mapping[str, int]]]
-    ) -> dict[str, Any]:
-        """Per problem, from (path, what `shared` said) of all files, as plain JSON.
-
-        `ngrams` of the problem, `needed` to condemn a file; `dropped` files and
-        `touched` ones, which share less; the `most` that a file shares; examples.
-        """
-        rows = {
-            name: {
-                "ngrams": total,
-                "needed": least,
-                "dropped": 0,
-                "touched": 0,
-                "most": 0,
-            }
-            for name, total, least in zip(
-                self.names, self.counts.tolist(), self.needed.tolist(), strict=True
-            )
-        }
-        examples: dict[str, list[str]] = {name: [] for name in rows}
-        dropped = set()
-        for path, counts in shared:
-            for name, count in counts.items():
-                row = rows[name]
-                row["most"] = max(row["most"], count)
-                if count >= row["needed"]:
-                    dropped.add(path)
-                    examples[name].append(path)
-                row["dropped" if count >= row["needed"] else "touched"] += 1
-        by_problem = {
-            name: {**row, "examples": sorted(examples[name])[:3]}
-            for name, row in rows.items()
-        }
-        return {**self.settings, "dropped": len(dropped), "by_problem": by_problem}
-
-
-ORDERS = 128  # K: numbers in a signature; J is estimated to within about 0.04
-_FACTOR, _SHIFT = (_fixed("orders", 2 * ORDERS) >> np.uint64(32)).reshape(
-    2, ORDERS, 1
-)
-_FACTOR = _FACTOR.astype(np.uint32) | np.uint32(1)
-_SHIFT = _SHIFT.astype(np.uint32)
-
-
-def minhash(text: str, n: int = 5) -> np.ndarray:
-    """The signature of a text: the smallest of its n-grams in each of `ORDERS` orders.
-
-    uint32 (K,). The share of places at which two signatures agree estimates the
-    Jaccard similarity of the texts. A text of fewer than `n` words is one run.
-    """
-    hashes = word_hashes(text)
-    runs = run_hashes(hashes, max(1, min(n, len(hashes))))
-    runs = (runs >> np.uint64(32)).astype(np.uint32)
-    smallest = np.full(ORDERS, 2**32 - 1, dtype=np.uint32)
-    for start in range(
-        0, len(runs), 2048
-    ):  # 128 orders of 2,048 fit into the cache
-        ordered = runs[start : start + 2048] * _FACTOR + _SHIFT
-        np.minimum(smallest, ordered.min(axis=1), out=smallest)
-    return smallest
-
-
-def jaccard(a: str, b: str, n: int = 5) -> float:
-    """The exact Jaccard similarity of the n-grams of two texts."""
-    first, second = ngrams(a, n), ngrams(b, n)
-    return len(first & second) / max(1, len(first | second))
-
-
-def chance(similarity: float, rows: int, bands: int) -> float:
-    """The probability that two texts agree in at least one of `bands` bands."""
-    return 1 - (1 - similarity**rows) ** bands
-
-
-def near_duplicates(
-    signatures: np.ndarray, threshold: float = 0.7
-) -> list[list[int]]:
-    """Groups of texts that are alike, as sorted indices into `signatures` (N, K).
-
-    Two texts with an estimated similarity of at least `threshold` are in one group,
-    if they agree in a band (99% of pairs at the threshold do). Groups join along
-    chains: their ends may be less alike than that. Texts without a twin are left out.
-    """
-    if not 0 < threshold <= 1:
-        raise OverlapError(
-            f"threshold = {threshold!r}: give a share, over 0 up to 1"
-        )
-    signatures = np.asarray(signatures)
-    if signatures.ndim != 2:
-        raise OverlapError(
-            f"signatures of shape {signatures.shape}: stack them, (N, K)"
-        )
-    count, size = signatures.shape
-    lengths = [
-        r for r in range(1, size + 1) if chance(threshold, r, size // r) >= 0.99
-    ]
-    rows = max(lengths, default=1)
-    group = np.arange(count)
-    for start in range(0, size - rows + 1, rows):
-        key = np.zeros(count, dtype=np.uint64)
-        for column in range(start, start + rows):
-            key = key * _STEP + signatures[:, column]
-        order = np.argsort(key, kind="stable")
-        cuts = np.flatnonzero(np.diff(key[order])) + 1
-        for bucket in np.split(order, cuts) if count else []:
-            while len(bucket) > 1:
-                first, bucket = bucket[0], bucket[1:]
-                strangers = bucket[group[bucket] != group[first]]
-                if not len(strangers):
-                    break
-                alike = (signatures[strangers] == signatures[first]).mean(axis=1)
-                for other in strangers[alike >= threshold]:
-                    group[group == group[other]] = group[first]
-    order = np.argsort(group, kind="stable")
-    cuts = np.flatnonzero(np.diff(group[order])) + 1
-    found = [part.tolist() for part in np.split(order, cuts) if len(part) > 1]
-    return sorted(found)
+        """Problems that contaminate `text` -> runs shared; empty: it is clean."""
+        shared, least = self.shared(text).items(), self.least
+        return {x: n for x, n in shared if n >= min(least, self.counts[x])}
