@@ -191,8 +191,8 @@ class Encoded:
         start = self.whole(done, 1)  # the row before may have cut a character
         lead = self.ids[done:start].tolist()
         left = room - len(lead) - 3
-        for slack in (2, 3, 5, 8, 13):
-            stop = self.whole(max(start, min(last, start + left - slack)), -1)
+        for slack in range(2, 18) if left > 0 else ():
+            stop = self.whole(min(last, start + max(1, left - slack)), -1)
             if stop <= start:
                 break
             begin, end = self.ends[[start, stop]].tolist()

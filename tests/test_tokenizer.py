@@ -1,8 +1,10 @@
 """The tokenizer: lossless, deterministic, deaf to spelled-out control tokens."""
 
 import ast
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -12,7 +14,7 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers
 
 from albor import tokenizer as module
 from albor.artifacts import sha256_file
@@ -22,6 +24,7 @@ from albor.tokenizer import (
     FIM_MIDDLE,
     FIM_PREFIX,
     FIM_SUFFIX,
+    GPT2_PATTERN,
     PAD,
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
@@ -125,19 +128,81 @@ def test_prompt_is_a_prefix(
 
 def test_prefix_property_can_fail() -> None:
     """GPT-2's rule fuses line end and indentation; the test above would see it."""
-    backend = module.pipeline(r" ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-    backend.train_from_iterator(
-        TEXTS,
-        trainers.BpeTrainer(
-            vocab_size=900,
-            special_tokens=list(SPECIAL_TOKENS),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    fused = Tokenizer(backend)
+    fused = Tokenizer.train(TEXTS, 900, pattern=GPT2_PATTERN)
     prompt = fused.encode("def f():\n")
     assert fused.encode("def f():\n        return 1\n")[: len(prompt)] != prompt
+    assert not fused.keeps_lines
+
+
+@settings(max_examples=300, deadline=None)
+@given(code, st.text(" \t", max_size=9), st.sampled_from("a_0(#'\""), code)
+def test_a_line_has_its_tokens_whatever_stands_before(
+    small: Tokenizer, head: str, indent: str, first: str, tail: str
+) -> None:
+    """What `keeps_lines` says: both sides of the line's beginning stand alone."""
+    assert small.keeps_lines
+    left, right = head + "\n", indent + first + tail
+    assert small.encode(left + right) == small.encode(left) + small.encode(right)
+
+
+@pytest.mark.parametrize("pattern", [GPT2_PATTERN, r"\s+|\S+", r"[\s\S]"])
+def test_another_rule_of_cutting_keeps_all_promises(
+    pattern: str, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some rules run out of pairs
+        other = Tokenizer.train(TEXTS[:2], 700, pattern=pattern)
+    other.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.digest == other.digest and not again.keeps_lines
+    for text in HARD:
+        ids = again.encode(text)
+        assert ids == other.encode(text)
+        assert again.decode(ids) == text and not set(ids) & set(range(7))
+
+
+def test_the_original_rule_is_gpt2s() -> None:
+    """As the library itself knows it."""
+    theirs = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    ours = module.pipeline(GPT2_PATTERN).pre_tokenizer
+    for text in [*HARD, *TEXTS]:
+        assert ours.pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
+
+
+@pytest.mark.parametrize("pattern", ["(", "[", None, 3])
+def test_a_rule_that_is_none_is_refused(pattern: object) -> None:
+    with pytest.raises(TokenizerError, match="pattern = "):
+        Tokenizer.train(TEXTS, 300, pattern=pattern)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, "pickle"])
+def test_a_copy_for_a_worker_process_stays_deaf(small: Tokenizer, how) -> None:
+    """The library's own object, pickled, would hear the control tokens again."""
+    if how == "pickle":
+        again = pickle.loads(pickle.dumps(small))
+        bare = pickle.loads(pickle.dumps(small._backend))
+        assert EOS in bare.encode(HARD[11]).ids
+    else:
+        again = how(small)
+    assert again.digest == small.digest
+    assert again.encode_batch([*HARD, *TEXTS]) == small.encode_batch(
+        [*HARD, *TEXTS]
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(st.text(max_size=90), code))
+def test_byte_lengths_add_up_to_the_text(small: Tokenizer, text: str) -> None:
+    lengths = small.byte_lengths()
+    ids = small.encode(text)
+    assert sum(lengths[i] for i in ids) == len(text.encode())
+    assert len(lengths) == small.vocab_size and not any(lengths[:7])
+    assert min(lengths[7:]) == 1
+    for cut in range(
+        0, len(ids), 7
+    ):  # a cut that is no character's end gives U+FFFD
+        start = text.encode()[: sum(lengths[i] for i in ids[:cut])]
+        assert small.decode(ids[:cut]) == start.decode("utf-8", "replace")
 
 
 @settings(max_examples=200, deadline=None)
