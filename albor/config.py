@@ -60,6 +60,11 @@ class DataConfig:
     rows: Literal["pack", "truncate"] = "pack"  # cut rows up, or keep their heads
     max_bytes: int = within(0, default=0)  # source text to take; 0: all there is
     val_bytes: int = within(1, default=262_144)  # source text to hold out
+    licences: Literal["auto", "permissive", "any"] = "auto"  # auto: as you choose
+    benchmarks: str = ""  # problems never to train on: a file or a folder of them
+    upsample: int = within(1, default=1)  # times that tier 1 is read in an epoch
+    fim_rate: float = within(0, 1, 0.0)  # share of fragments to fill in the middle
+    fim_style: Literal["psm", "spm"] = "psm"  # prefix and suffix, or the reverse
 
     def __post_init__(self) -> None:
         check(self)
