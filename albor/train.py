@@ -26,11 +26,12 @@ import numpy as np
 import torch
 
 from albor.artifacts import append_jsonl, read_jsonl, truncate_jsonl
+from albor.batches import Batches
 from albor.checkpoint import latest_state
 from albor.config import ConfigError, Recipe
-from albor.data import Batches, DataError, TokenFile
 from albor.model import Albor
 from albor.optimizer import lr_at
+from albor.shards import DataError, TokenStream
 from albor.step import StepResult, train_step
 
 __all__ = [
@@ -51,7 +52,7 @@ __all__ = [
 @torch.no_grad()
 def evaluate_loss(
     model: Albor,
-    tokens: TokenFile | np.ndarray,
+    tokens: TokenStream | np.ndarray,
     seq_len: int,
     *,
     sequences: int = 0,
@@ -64,7 +65,7 @@ def evaluate_loss(
     row's first token; a stream too short for that is one shorter row. Of the rows
     `sequences` are taken, evenly spaced, the same ones each time; 0 takes all.
     """
-    stream = tokens.tokens if isinstance(tokens, TokenFile) else tokens
+    stream = TokenStream.of(tokens)
     if len(stream) < 2:
         raise DataError(
             f"{len(stream)} validation tokens: 2 are the least, one to predict the "
@@ -78,10 +79,11 @@ def evaluate_loss(
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i in range(0, count, micro_batch):
-        places = chosen[i : i + micro_batch, None] * seq_len + np.arange(
-            seq_len + 1
+        places = chosen[i : i + micro_batch] * seq_len
+        taken = torch.from_numpy(
+            stream.gather(places, seq_len + 1).astype(np.int64)
         )
-        taken = torch.from_numpy(stream[places].astype(np.int64)).to(device)
+        taken = taken.to(device)
         with torch.autocast(device.type, dtype=half) if half else nullcontext():
             mean = model.loss(taken[:, :-1].contiguous(), taken[:, 1:].contiguous())
         total += mean.double() * len(places)

@@ -20,7 +20,7 @@ import torch
 
 from albor.artifacts import read_json, read_jsonl, sha256_file
 from albor.config import ConfigError, project_path
-from albor.data import DataError
+from albor.shards import DataError
 from albor.sources import CorpusError
 
 matplotlib.use("agg")

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from albor.artifacts import append_jsonl, read_jsonl
+from albor.batches import Batches
 from albor.checkpoint import latest_state, load_state, save_state
 from albor.config import (
     ConfigError,
@@ -25,9 +26,9 @@ from albor.config import (
     Recipe,
     TrainingConfig,
 )
-from albor.data import Batches, DataError
 from albor.model import Albor
 from albor.optimizer import build_optimizer
+from albor.shards import DataError
 from albor.step import make_scaler
 from albor.train import (
     METRICS,
