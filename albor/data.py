@@ -148,9 +148,7 @@ def _inputs_of(
     """What decides the bytes of a prepared folder, refused where it cannot be."""
     for split in ("train", "val"):
         if not getattr(corpus, split):
-            raise DataError(
-                f"no {split} documents; give build_corpus more packages"
-            )
+            raise DataError(f"no {split} documents; give build_corpus more text")
     if tokenizer.vocab_size > 2**16:
         raise DataError(
             f"a vocabulary of {tokenizer.vocab_size:,} does not fit 16-bit tokens, "

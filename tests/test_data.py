@@ -1,190 +1,414 @@
-"""Token files and batches: what is written, refused, and read in an epoch."""
+"""Preparing token data: the same bytes from anyone, however often interrupted."""
 
+import dataclasses
 import itertools
 import json
-import math
 import os
-import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from albor import data
 from albor.artifacts import digest
-from albor.corpus import Corpus, Document
-from albor.data import (
-    Batches,
-    DataError,
-    TokenFile,
-    _token_counts,
-    prepare,
-    unigram_cross_entropy,
+from albor.corpus import Corpus
+from albor.data import Job, cut_into_shards, prepare, spread_copies
+from albor.documents import Document
+from albor.filters import CorpusError
+from albor.shards import DataError, TokenStream, is_whole
+from albor.tokenizer import (
+    EOS,
+    FIM_MIDDLE,
+    FIM_PREFIX,
+    FIM_SUFFIX,
+    Tokenizer,
 )
-from albor.tokenizer import EOS, Tokenizer
 
 TEXTS = [
     "def f(x):\n    return x + 1\n",
     "",  # an empty document is only its end sign
     "# </s> and <|fim_middle|> are text here\n",
-    "s = 'é🐍'\r\n\tpass\x00\n",
+    "s = 'é🐍'\n\tpass\x00\n",
     "for i in range(10):\n    print(i)\n",
 ]
+LONG = [f"def name_{i}(x):\n    return x * {i}\n" * (i % 9 + 1) for i in range(60)]
 
 
-def corpus_of(train, val):
-    def documents(texts, package):
-        return [Document(package, f"{i}.py", text) for i, text in enumerate(texts)]
+def documents_of(texts, home, package, good=()):
+    """Documents on disk; those numbered in `good` are of tier 1."""
+    made = []
+    (home / package).mkdir(parents=True, exist_ok=True)
+    for i, text in enumerate(texts):
+        place = home / package / f"{i}.py"
+        place.write_bytes(text.encode())
+        document = Document.read(place, package, f"{package}/{i}.py")
+        made.append(dataclasses.replace(document, tier=1 if i in good else 2))
+    return made
 
-    return Corpus(
-        documents(train, "a"), documents(val, "b"), {}, digest([train, val])
-    )
+
+def corpus_of(home, train, val, good=()):
+    train = documents_of(train, home, "a", good)
+    val = documents_of(val, home, "b", good=(0,))
+    return Corpus(train, val, {}, digest([[d.path, d.sha256] for d in train + val]))
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(TEXTS, vocab_size=270)
+    return Tokenizer.train([*TEXTS, *LONG], vocab_size=290)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    home = tmp_path_factory.mktemp("corpus")
+    return corpus_of(home, LONG, TEXTS, good=(3, 8, 40))
 
 
 @pytest.fixture
-def prepared(tokenizer, tmp_path):
-    return prepare(corpus_of(TEXTS, TEXTS[:2]), tokenizer, tmp_path)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(data, "SHARD_BYTES", 1_500)
 
 
-def texts_of(file, tokenizer):
-    spans = itertools.pairwise(file.starts.tolist())
-    return [tokenizer.decode(file.tokens[a : b - 1].tolist()) for a, b in spans]
+def everything(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def texts_of(stream, tokenizer):
+    spans = itertools.pairwise(stream.starts.tolist())
+    return [tokenizer.decode(stream.read(a, b - a - 1)) for a, b in spans]
+
+
+# --- what goes where --------------------------------------------------------
+
+
+def stand_ins(sizes, good=()):
+    return [
+        Document("p", str(i), "", size, "", tier=1 if i in good else 2)
+        for i, size in enumerate(sizes)
+    ]
+
+
+@given(st.lists(st.integers(0, 90), max_size=40), st.integers(1, 300))
+def test_shards_are_equal_and_in_order(sizes, shard_bytes):
+    items = spread_copies(stand_ins(sizes), 1)
+    shards = cut_into_shards(items, shard_bytes)
+    assert [item for shard in shards for item in shard] == items
+    assert all(shards)
+    total, largest = sum(sizes), max(sizes, default=0)
+    for shard in shards:
+        size = sum(document.size for document, _ in shard)
+        assert size <= shard_bytes + largest
+    if len(shards) > 1:  # no tiny last one
+        count = -(-total // shard_bytes)
+        last = sum(document.size for document, _ in shards[-1])
+        assert last > total / count - largest - 1
+
+
+@given(
+    st.integers(1, 30), st.integers(1, 12), st.sets(st.integers(0, 29), max_size=9)
+)
+def test_copies_are_spread(count, upsample, good):
+    documents = stand_ins([9] * count, good)
+    items = spread_copies(documents, upsample)
+    good = {i for i in good if i < count}
+    assert len(items) == len(set(items)) == count + len(good) * (upsample - 1)
+    for document in documents:
+        copies = [copy for other, copy in items if other is document]
+        wanted = upsample if document.tier == 1 else 1
+        assert sorted(copies) == list(range(wanted))
+    firsts = [document for document, copy in items if copy == 0]
+    assert firsts == documents
+    if good and 1 < upsample <= count and count > 2 * upsample:
+        neighbours = itertools.pairwise(document.path for document, _ in items)
+        assert all(a != b for a, b in neighbours)
 
 
 # --- what is written --------------------------------------------------------
 
 
-def test_the_stream_holds_every_document_between_end_signs(prepared, tokenizer):
-    train = TokenFile.open(prepared / "train.bin", verify=True)
+@pytest.mark.parametrize("shard_bytes", [10**9, 60, 1])
+def test_the_stream_does_not_depend_on_the_cuts(
+    tokenizer, tmp_path, monkeypatch, shard_bytes
+):
+    monkeypatch.setattr(data, "SHARD_BYTES", shard_bytes)
+    corpus = corpus_of(tmp_path, TEXTS, TEXTS[:2])
+    folder = prepare(corpus, tokenizer, tmp_path / "data")
+    train = TokenStream.open(folder, "train", verify=True)
     expected = [EOS]
     for text in TEXTS:
         expected += [*tokenizer.encode(text), EOS]
-    assert train.tokens.tolist() == expected
-    assert (prepared / "train.bin").read_bytes() == b"".join(
-        token.to_bytes(2, "little") for token in expected
-    )
+    assert train.read(0, len(train)).tolist() == expected
     assert texts_of(train, tokenizer) == TEXTS
-    assert train.tokens.tolist().count(EOS) == len(TEXTS) + 1  # none from the texts
-    assert train.starts.dtype == np.uint64 and train.starts[-1] == len(train)
+    assert expected.count(EOS) == len(TEXTS) + 1  # none from the texts
+    assert texts_of(TokenStream.open(folder, "val"), tokenizer) == TEXTS[:2]
 
 
-def test_more_documents_than_one_encoding_batch(tokenizer, tmp_path):
-    texts = [f"x{i} = {i}\n" * (i % 7) for i in range(150)]
-    folder = prepare(corpus_of(texts, texts[:3]), tokenizer, tmp_path)
-    assert texts_of(TokenFile.open(folder / "train.bin"), tokenizer) == texts
-
-
-def test_the_record_counts_tokens_by_package(prepared, tokenizer):
-    meta = json.loads((prepared / "meta.json").read_text())
+def test_the_records_say_what_went_in(corpus, tokenizer, tmp_path, small_shards):
+    folder = prepare(corpus, tokenizer, tmp_path, upsample=4)
+    meta = json.loads((folder / "meta.json").read_text())
     train = meta["splits"]["train"]
-    assert train["documents"] == len(TEXTS)
-    assert sum(train["tokens_by_package"].values()) == train["tokens"] - 1
+    assert train["documents"] == len(LONG) + 3 * 3 and len(train["shards"]) > 4
+    assert meta["splits"]["val"]["documents"] == len(TEXTS)  # tier 1 counts once
+    listed = []
+    for shard in train["shards"]:
+        record = json.loads((folder / f"{shard['name']}.json").read_text())
+        listed += [tuple(entry) for entry in record["documents"]]
+    expected = {
+        (document.path, copy): len(tokenizer.encode(document.text))
+        for document in corpus.train
+        for copy in range(4 if document.tier == 1 else 1)
+    }
+    assert {(path, copy): tokens for path, copy, tokens in listed} == expected
+    assert train["tokens"] == 1 + sum(expected.values()) + len(expected)
     assert meta["inputs"]["tokenizer"] == tokenizer.digest
-    assert meta["inputs"]["vocab_size"] == tokenizer.vocab_size
 
 
-def test_the_folder_name_follows_every_input(prepared, tokenizer, tmp_path):
-    names = {prepared.name}
-    names.add(prepare(corpus_of(TEXTS, TEXTS[:1]), tokenizer, tmp_path).name)
-    other = Tokenizer.train(TEXTS, vocab_size=268)
-    names.add(prepare(corpus_of(TEXTS, TEXTS[:2]), other, tmp_path).name)
-    assert len(names) == 3
+def test_the_folder_name_follows_every_input(corpus, tokenizer, tmp_path):
+    def name(which=corpus, how=tokenizer, **options):
+        return prepare(which, how, tmp_path / "data", workers=1, **options).name
+
+    fim = {"row_tokens": 64, "fim_rate": 0.5}
+    names = [
+        name(),
+        name(corpus_of(tmp_path, LONG, TEXTS[:1])),
+        name(how=Tokenizer.train(TEXTS, vocab_size=268)),
+        name(upsample=2),
+        name(**fim),
+        name(**fim, seed=1),
+        name(**fim, fim_style="spm"),
+        name(**fim | {"row_tokens": 32}),
+        name(**fim | {"fim_rate": 0.25}),
+    ]
+    assert len(set(names)) == len(names)
+    # What decides nothing is none of the inputs.
+    assert name(seed=5) == name(row_tokens=9) == name(fim_style="spm") == names[0]
+    untiered = [dataclasses.replace(d, tier=2) for d in corpus.train]
+    plain = dataclasses.replace(corpus, train=untiered)
+    assert name(plain, upsample=9) == names[0]
 
 
-def test_reuse_does_no_encoding(prepared, tokenizer, tmp_path):
-    lazy = SimpleNamespace(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest)
-    assert prepare(corpus_of(TEXTS, TEXTS[:2]), lazy, tmp_path) == prepared
+def test_infilling_fills_whole_rows(corpus, tokenizer, tmp_path, small_shards):
+    how = {"row_tokens": 48, "fim_rate": 0.6, "upsample": 5, "seed": 3}
+    folder = prepare(corpus, tokenizer, tmp_path, **how)
+    train = TokenStream.open(folder, "train")
+    assert len(train.sources) > 3 and (train.bounds % 48 == 0).all()
+    rows = train.read(0, len(train)).reshape(-1, 48)
+    signs = [(rows == x).sum(1) for x in (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE)]
+    assert (signs[0] == signs[1]).all() and (signs[1] == signs[2]).all()
+    counted = train.meta["splits"]["train"]
+    assert counted["samples"] == signs[0].sum() > 20
+    assert counted["overhead"] > 0 and counted["dropped"] > 0
+    for piece in train.pieces():
+        assert piece[0] == EOS
+    val = TokenStream.open(folder, "val")
+    assert texts_of(val, tokenizer) == TEXTS
+    # Each copy has a draw of its own.
+    text = [
+        train.read(a, 40).tolist() for a in train.starts[:-1] if a + 40 < len(train)
+    ]
+    assert len({tuple(row) for row in text}) > len(LONG)
 
 
-@pytest.mark.parametrize("name", ["train.bin", "train.idx", "val.bin", "meta.json"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
-def test_damage_is_repaired(prepared, tokenizer, tmp_path, name, damage):
-    file = prepared / name
-    good = file.read_bytes()
-    if damage == "remove":
-        file.unlink()
-    elif damage == "cut":
-        file.write_bytes(good[:-2])
-    else:
-        file.write_bytes(bytes([good[0] ^ 1]) + good[1:])
-    assert prepare(corpus_of(TEXTS, TEXTS[:2]), tokenizer, tmp_path) == prepared
-    assert file.read_bytes() == good
+# --- any number of workers --------------------------------------------------
 
 
-def test_an_error_leaves_nothing(tokenizer, tmp_path):
-    class Dying:
-        vocab_size, digest, calls = tokenizer.vocab_size, tokenizer.digest, 0
+@pytest.mark.parametrize("fim", [{}, {"row_tokens": 32, "fim_rate": 0.5}])
+def test_the_same_bytes_for_any_number_of_workers(
+    corpus, tokenizer, tmp_path, small_shards, fim
+):
+    made = {}
+    for workers in (1, 2, 3):
+        reports = []
+        folder = prepare(
+            corpus,
+            tokenizer,
+            tmp_path / str(workers),
+            upsample=3,
+            workers=workers,
+            on_progress=lambda *counts: reports.append(counts),  # noqa: B023
+            **fim,
+        )
+        made[workers] = everything(folder)
+        assert reports == sorted(reports) and reports[-1][0] == reports[-1][1]
+        assert len(reports) > 4
+    assert made[1] == made[2] == made[3]
 
-        def encode_batch(self, texts):
-            self.calls += 1
-            if self.calls == 2:
-                raise KeyboardInterrupt
-            return tokenizer.encode_batch(texts)
+
+def test_small_work_starts_no_process(corpus, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.joblib, "Parallel", lambda **_: pytest.fail("started"))
+    folder = prepare(corpus, tokenizer, tmp_path)  # two shards
+    assert is_whole(folder)
+    (folder / "val-00000.idx").unlink()
+    assert is_whole(prepare(corpus, tokenizer, tmp_path, workers=5))  # one to do
+
+
+def test_a_job_holds_no_text(corpus):
+    job = Job(Path("x/train-00000"), [(d, 0) for d in corpus.train], {})
+    assert LONG[7] not in repr(job) and job.bytes == sum(map(len, LONG))
+
+
+def test_a_changed_file_stops_the_work(tokenizer, tmp_path, small_shards):
+    corpus = corpus_of(tmp_path, LONG, TEXTS)
+    Path(corpus.train[50].place).write_text("x = 1\n")
+    with pytest.raises(CorpusError, match=r"a/50\.py.*build the corpus again"):
+        prepare(corpus, tokenizer, tmp_path / "data", workers=2)
+
+
+# --- interrupted ------------------------------------------------------------
+
+
+def inodes(folder):
+    return {file.name: file.stat().st_ino for file in folder.glob("*.bin")}
+
+
+@pytest.mark.filterwarnings("ignore:.*tasks")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_run_goes_on(
+    corpus, tokenizer, tmp_path, small_shards, workers
+):
+    def stop(done, total):
+        if done > total / 3:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(corpus_of(TEXTS * 20, TEXTS), Dying(), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        prepare(
+            corpus, tokenizer, tmp_path / "a", workers=workers, on_progress=stop
+        )
+    (half,) = (tmp_path / "a").iterdir()
+    kept = inodes(half)
+    assert kept and not (half / "meta.json").exists()
+    reports = []
+    folder = prepare(
+        corpus,
+        tokenizer,
+        tmp_path / "a",
+        workers=1,
+        on_progress=lambda *counts: reports.append(counts),
+    )
+    whole = everything(prepare(corpus, tokenizer, tmp_path / "b", workers=1))
+    assert folder == half and everything(folder) == whole
+    again = inodes(folder)
+    finished = [name for name in kept if again[name] == kept[name]]
+    assert len(finished) >= (3 if workers == 1 else 1)
+    assert len(reports) <= len(again) - len(finished)
 
 
-KILLED = """
-import os, signal, sys
+CHILD = """
+import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
-import albor.data
-from test_data import TEXTS, Tokenizer, corpus_of
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-albor.data.write_json = die
-tokenizer = Tokenizer.train(TEXTS, vocab_size=270)
-albor.data.prepare(corpus_of(TEXTS, TEXTS[:2]), tokenizer, {folder!r})
+from pathlib import Path
+import test_data
+from test_data import *
+data.SHARD_BYTES = 1_500
+home = Path({home!r})
+tokenizer = Tokenizer.train([*TEXTS, *LONG], vocab_size=290)
+corpus = corpus_of(home / "corpus", LONG, TEXTS, good=(3, 8, 40))
+def tell(done, total):
+    print(done, flush=True)
+    time.sleep(0.2 if {workers} == 1 else 0.5)
+prepare(corpus, tokenizer, home / "data", workers={workers}, on_progress=tell)
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is a POSIX signal")
-def test_a_killed_run_is_done_again_and_swept_up(tokenizer, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_goes_on(tokenizer, tmp_path, small_shards, workers):
     here = Path(__file__).resolve().parent
-    script = KILLED.format(
-        root=str(here.parent), tests=str(here), folder=str(tmp_path)
+    script = CHILD.format(
+        root=str(here.parent), tests=str(here), home=str(tmp_path), workers=workers
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
-    assert done.returncode == -9, done.stderr.decode()
-    left = [path.name for path in tmp_path.iterdir()]
-    assert len(left) == 1 and left[0].startswith(".")  # half a folder, no good name
-    folder = prepare(corpus_of(TEXTS, TEXTS[:2]), tokenizer, tmp_path)
-    assert [path for path in tmp_path.iterdir()] == [folder]
-    TokenFile.open(folder / "val.bin", verify=True)
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    for _ in range(3):
+        assert child.stdout.readline().strip().isdigit()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    time.sleep(0.5)  # its workers notice, and finish what they have begun
+    (half,) = (tmp_path / "data").iterdir()
+    assert not (half / "meta.json").exists()
+    kept = inodes(half)
+    (half / "train-00005.json").unlink(missing_ok=True)
+    stray = half / ".train-00005.bin.999999999.abcdef1234567890.tmp"
+    stray.write_bytes(b"half")  # what a kill in the middle of a shard leaves
+    corpus = corpus_of(tmp_path / "corpus", LONG, TEXTS, good=(3, 8, 40))
+    folder = prepare(corpus, tokenizer, tmp_path / "data", workers=1)
+    assert folder == half and not stray.exists()
+    again = inodes(folder)
+    assert sum(again[name] == number for name, number in kept.items()) >= 3
+    other = prepare(corpus, tokenizer, tmp_path / "other", workers=1)
+    assert everything(folder) == everything(other)
 
 
-def test_a_faster_process_is_accepted(tokenizer, tmp_path, monkeypatch):
-    corpus = corpus_of(TEXTS, TEXTS[:2])
-    elsewhere = prepare(corpus, tokenizer, tmp_path / "elsewhere")
-    target = tmp_path / "here" / elsewhere.name
-
-    def too_late(source, destination):
-        shutil.copytree(elsewhere, target)
-        raise OSError("directory not empty")
-
-    monkeypatch.setattr(data.os, "replace", too_late)
-    monkeypatch.setattr(data, "write_json", lambda *_: None)
-    monkeypatch.setattr(data, "_write_split", lambda *_: {})
-    assert prepare(corpus, tokenizer, tmp_path / "here") == target
-    assert [path for path in target.parent.iterdir()] == [target]
+def test_reuse_does_no_encoding(corpus, tokenizer, tmp_path):
+    folder = prepare(corpus, tokenizer, tmp_path)
+    before = everything(folder), inodes(folder)
+    lazy = SimpleNamespace(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest)
+    assert prepare(corpus, lazy, tmp_path) == folder
+    assert (everything(folder), inodes(folder)) == before
 
 
-def test_a_large_vocabulary_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["train-00001.bin", "train-00002.idx", "val-00000.json", "meta.json"]
+)
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_damage_is_repaired_alone(
+    corpus, tokenizer, tmp_path, small_shards, name, damage
+):
+    folder = prepare(corpus, tokenizer, tmp_path, workers=1)
+    good, numbers = everything(folder), inodes(folder)
+    file = folder / name
+    if damage == "remove":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(good[name][:-2])
+    else:
+        file.write_bytes(bytes([good[name][0] ^ 1]) + good[name][1:])
+    assert prepare(corpus, tokenizer, tmp_path, workers=1) == folder
+    assert everything(folder) == good
+    changed = [x for x, number in inodes(folder).items() if number != numbers[x]]
+    assert changed == (
+        [] if name == "meta.json" else [name.partition(".")[0] + ".bin"]
+    )
+
+
+# --- what is refused --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"fim_rate": 0.5}, r"fim_rate=0\.5 needs row_tokens.*got 0"),
+        ({"fim_rate": 1.5, "row_tokens": 64}, r"fim_rate=1\.5"),
+        ({"fim_rate": float("nan"), "row_tokens": 64}, "fim_rate=nan"),
+        ({"fim_style": "mps"}, "fim_style='mps'"),
+        ({"upsample": 0}, "upsample=0"),
+        ({"workers": -2}, "workers=-2"),
+    ],
+)
+def test_impossible_settings_are_refused(
+    corpus, tokenizer, tmp_path, wrong, message
+):
+    with pytest.raises(DataError, match=message):
+        prepare(corpus, tokenizer, tmp_path, **wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_whole_row_is_refused(tokenizer, tmp_path):
+    corpus = corpus_of(tmp_path, TEXTS, TEXTS)
+    with pytest.raises(DataError, match="train: 0 tokens; give more text"):
+        prepare(corpus, tokenizer, tmp_path / "d", row_tokens=4096, fim_rate=0.5)
+
+
+def test_a_large_vocabulary_is_refused(corpus, tmp_path):
     stub = SimpleNamespace(vocab_size=65_537, digest="x")
     with pytest.raises(DataError, match=r"65,537 does not fit 16-bit.*65,536"):
-        prepare(corpus_of(TEXTS, TEXTS), stub, tmp_path)
+        prepare(corpus, stub, tmp_path)
 
 
 def test_the_largest_ids_survive(tmp_path):
@@ -194,275 +418,33 @@ def test_the_largest_ids_survive(tmp_path):
         digest="x",
         encode_batch=lambda texts: [ids for _ in texts],
     )
-    folder = prepare(corpus_of(["a"], ["b"]), stub, tmp_path)
-    train = TokenFile.open(folder / "train.bin")
-    assert train.tokens.tolist() == [EOS, *ids, EOS]
-    inputs, targets = Batches(train, seq_len=5, batch_size=1).step(0)
-    assert inputs.tolist() == [[EOS, *ids]] and targets.tolist() == [[*ids, EOS]]
+    folder = prepare(corpus_of(tmp_path, ["a"], ["b"]), stub, tmp_path / "data")
+    train = TokenStream.open(folder, "train")
+    assert train.read(0, 6).tolist() == [EOS, *ids, EOS]
 
 
 @pytest.mark.parametrize(("train", "val"), [([], TEXTS), (TEXTS, [])])
 def test_an_empty_split_is_refused(tokenizer, tmp_path, train, val):
     with pytest.raises(DataError, match=r"no (train|val) documents"):
-        prepare(corpus_of(train, val), tokenizer, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        prepare(corpus_of(tmp_path, train, val), tokenizer, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
-# --- what is not opened -----------------------------------------------------
+def test_memory_is_bounded_by_a_shard(tokenizer, tmp_path, monkeypatch):
+    """The caller keeps no text: what is read of one shard is gone by the next."""
+    monkeypatch.setattr(data, "SHARD_BYTES", 1_500)
+    held, most = [], []
+    corpus = corpus_of(tmp_path, LONG, TEXTS)
+    plain = tokenizer.encode_batch
 
+    def spy(texts):
+        held.append(sum(map(len, texts)))
+        most.append(max(held))
+        return plain(texts)
 
-@pytest.mark.parametrize("cut", [1, 2, 3])
-@pytest.mark.parametrize("name", ["train.bin", "train.idx"])
-def test_truncated_files_are_refused(prepared, name, cut):
-    file = prepared / name
-    size = file.stat().st_size
-    file.write_bytes(file.read_bytes()[:-cut])
-    with pytest.raises(DataError) as error:
-        TokenFile.open(prepared / "train.bin")
-    assert str(file) in str(error.value)
-    assert f"expected {size}, got {size - cut}" in str(error.value)
-
-
-def test_lengthened_and_empty_files_are_refused(prepared):
-    good = (prepared / "train.bin").read_bytes()
-    for bad in (good + b"\0\0", b""):
-        (prepared / "train.bin").write_bytes(bad)
-        with pytest.raises(DataError, match="bytes: expected"):
-            TokenFile.open(prepared / "train.bin")
-
-
-def test_changed_bytes_are_found_on_request(prepared):
-    good = (prepared / "val.bin").read_bytes()
-    (prepared / "val.bin").write_bytes(good[:-2] + b"\x07\0")
-    TokenFile.open(prepared / "val.bin")
-    with pytest.raises(DataError, match=r"val\.bin: SHA-256: expected"):
-        TokenFile.open(prepared / "val.bin", verify=True)
-
-
-def test_other_vocabulary_and_tokenizer_are_refused(prepared, tokenizer):
-    path = prepared / "train.bin"
-    TokenFile.open(path, vocab_size=270, tokenizer_digest=tokenizer.digest)
-    with pytest.raises(DataError, match="vocabulary: expected 271, got 270"):
-        TokenFile.open(path, vocab_size=271)
-    with pytest.raises(DataError, match="tokenizer digest: expected 00, got"):
-        TokenFile.open(path, tokenizer_digest="00")
-
-
-def test_a_record_from_elsewhere_is_refused(prepared, tokenizer, tmp_path):
-    other = prepare(corpus_of(TEXTS, TEXTS[:1]), tokenizer, tmp_path)
-    shutil.copy(other / "meta.json", prepared / "meta.json")
-    with pytest.raises(DataError, match="digest of the inputs: expected"):
-        TokenFile.open(prepared / "train.bin")
-
-
-@pytest.mark.parametrize(
-    "record", ["", "{", "[]", "{}", '{"inputs": 3}', '{"inputs": {}, "splits": []}']
-)
-def test_a_broken_record_is_refused(prepared, record):
-    (prepared / "meta.json").write_text(record)
-    with pytest.raises(DataError, match=r"meta\.json.*delete the folder"):
-        TokenFile.open(prepared / "train.bin")
-
-
-def test_missing_files_are_named(prepared, tmp_path):
-    with pytest.raises(DataError, match=r"test\.bin is missing"):
-        TokenFile.open(prepared / "test.bin")
-    (prepared / "train.idx").unlink()
-    with pytest.raises(DataError, match=r"train\.idx is missing"):
-        TokenFile.open(prepared / "train.bin")
-
-
-# --- batches ----------------------------------------------------------------
-
-
-def counting(length):
-    """A stream whose tokens are their own places."""
-    return np.arange(length, dtype=np.uint16)
-
-
-@given(
-    length=st.integers(12, 700),
-    seq_len=st.integers(1, 11),
-    batch_size=st.integers(1, 5),
-    more=st.integers(0, 9),
-    rows=st.sampled_from(["pack", "truncate"]),
-    seed=st.integers(0, 2**64 - 1),
-    epoch=st.integers(0, 10**6),
-)
-@settings(max_examples=150, deadline=None)
-def test_an_epoch_reads_every_row_once(
-    length, seq_len, batch_size, more, rows, seed, epoch
-):
-    make = {"seed": seed, "rows": rows, "row_tokens": seq_len + more}
-    try:
-        batches = Batches(counting(length), seq_len, batch_size, **make)
-    except DataError as error:
-        assert "too few for one batch" in str(error)
-        return
-    stride = seq_len if rows == "pack" else seq_len + more
-    seen = []
-    for step in range(batches.steps_per_epoch):
-        step += epoch * batches.steps_per_epoch
-        inputs, targets = batches.step(step)
-        assert inputs.shape == targets.shape == (batch_size, seq_len)
-        assert inputs.dtype == targets.dtype == torch.int64
-        assert inputs.is_contiguous() and targets.is_contiguous()
-        assert torch.equal(targets, inputs + 1)
-        starts = inputs[:, 0].tolist()
-        assert [row * stride for row in batches.rows_of(step)] == starts
-        seen += starts
-    possible = range(0, batches.sequences * stride, stride)
-    assert len(set(seen)) == len(seen) and set(seen) <= set(possible)
-    assert len(possible) - len(seen) == batches.sequences % batch_size
-    last = (batches.sequences - 1) * stride
-    assert last + seq_len < length  # the last target exists; no row is forgotten:
-    assert last + stride + max(stride, seq_len + 1) > length
-
-
-def test_a_batch_is_a_function_of_seed_and_step():
-    def fresh(seed=5):
-        return Batches(counting(900), 7, 6, seed=seed)
-
-    walked = fresh()
-    walk = [walked.step(step)[0] for step in range(70)]
-    for step in (69, 3, 40, 21, 20, 0):  # any order, across epochs
-        assert torch.equal(fresh().step(step)[0], walk[step])
-        assert torch.equal(walked.step(step)[0], walk[step])
-    assert not torch.equal(fresh(6).step(0)[0], walk[0])
-    per_epoch = walked.steps_per_epoch
-    assert per_epoch == 21 and not torch.equal(walk[0], walk[per_epoch])
-
-
-def test_global_random_state_is_neither_read_nor_moved():
-    batches = Batches(counting(900), 7, 6)
-    np.random.seed(1)
-    torch.manual_seed(1)
-    first = batches.step(0)[0]
-    after = np.random.random(), torch.rand(())
-    np.random.seed(1)
-    torch.manual_seed(1)
-    assert (np.random.random(), torch.rand(())) == after
-    assert torch.equal(Batches(counting(900), 7, 6).step(0)[0], first)
-
-
-def test_the_order_is_pinned():
-    """A change here breaks the resume of every run that exists."""
-    batches = Batches(counting(25), 2, 1, seed=0)
-    assert batches.permutation(0).tolist() == [0, 2, 11, 9, 1, 8, 5, 4, 3, 10, 6, 7]
-    batches = Batches(counting(25), 2, 1, seed=2**64 - 1)
-    assert sorted(batches.permutation(2**40).tolist()) == list(range(12))
-
-
-def test_the_permutation_is_uniform():
-    """Chi-square over all orders of four rows: 24 cells, 99.99% point about 57."""
-    stream = counting(5)
-    counts = dict.fromkeys(itertools.permutations(range(4)), 0)
-    for epoch in range(2_400):
-        order = Batches(stream, 1, 1, seed=3).permutation(epoch)
-        counts[tuple(order.tolist())] += 1
-    assert sum((count - 100) ** 2 / 100 for count in counts.values()) < 57
-
-
-@pytest.mark.parametrize(("rows", "expected"), [("truncate", 43), ("pack", 86)])
-def test_the_card_v1(rows, expected):
-    stream = np.broadcast_to(np.uint16(0), (22_079 * 2048,))
-    batches = Batches(stream, 1024, 4 * 128, rows=rows, row_tokens=2048)
-    assert batches.steps_per_epoch == expected
-
-
-@pytest.mark.parametrize(("rows", "expected"), [("truncate", 132), ("pack", 265)])
-def test_the_card_v2(rows, expected):
-    stream = np.broadcast_to(np.uint16(0), (67_977 * 2048,))
-    batches = Batches(stream, 1024, 4 * 128, rows=rows, row_tokens=2048)
-    assert batches.steps_per_epoch == expected
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"seq_len": 0}, "seq_len=0"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"seed": 2**64}, f"seed={2**64}"),
-        ({"rows": "pad"}, "got 'pad'"),
-        ({"rows": "truncate", "row_tokens": 6}, "seq_len=7; got 'truncate'"),
-        ({"seq_len": 100}, "100 tokens make 0 rows of 100"),
-        ({"batch_size": 15}, "14 rows of 7, too few for one batch of 15"),
-    ],
-)
-def test_impossible_batches_are_refused(bad, message):
-    options = {"seq_len": 7, "batch_size": 3} | bad
-    with pytest.raises(DataError) as error:
-        Batches(counting(100), **options)
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "stream", [np.arange(99), np.zeros((9, 9), np.uint16), np.zeros(99, np.int16)]
-)
-def test_other_arrays_are_refused(stream):
-    with pytest.raises(DataError, match="tokens: expected uint16"):
-        Batches(stream, 7, 3)
-
-
-def test_steps_before_zero_are_refused():
-    with pytest.raises(DataError, match="at least 0, got -1"):
-        Batches(counting(100), 7, 3).step(-1)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_gathered_on_the_device_are_the_same():
-    stream = np.arange(2**16, dtype=np.uint16)[::-1].copy()  # ids above 32,767 too
-    here = Batches(stream, 7, 6, seed=2)
-    there = Batches(stream, 7, 6, seed=2, device="cuda")
-    for step in (0, 5_000):
-        for a, b in zip(here.step(step), there.step(step), strict=True):
-            assert b.device.type == "cuda" and torch.equal(a, b.cpu())
-
-
-def test_the_branch_for_devices_keeps_large_ids():
-    """The same arithmetic as on an accelerator, made to run on the CPU."""
-    stream = np.arange(2**16, dtype=np.uint16)[::-1].copy()
-    plain, resident = (Batches(stream, 7, 6, seed=2) for _ in range(2))
-    resident.resident = torch.from_numpy(stream.view(np.int16))
-    for step in (0, 1_555, 5_000):
-        for a, b in zip(plain.step(step), resident.step(step), strict=True):
-            assert torch.equal(a, b)
-
-
-# --- unigrams ---------------------------------------------------------------
-
-
-def test_unigram_by_hand():
-    seen = np.array([0, 0, 1, 2], dtype=np.uint16)
-    assert math.isclose(unigram_cross_entropy(seen, seen, 3, 0), 1.5 * math.log(2))
-    asked = np.array([0, 3], dtype=np.uint16)  # smoothed: 3/9 and 1/9
-    expected = -(math.log(3 / 9) + math.log(1 / 9)) / 2
-    assert math.isclose(unigram_cross_entropy(seen, asked, 5), expected)
-    assert unigram_cross_entropy(seen, asked, 5, smoothing=0) == math.inf
-
-
-@given(st.lists(st.integers(0, 11), min_size=1, max_size=99), st.data())
-def test_no_table_beats_the_entropy(asked, draw):
-    seen = draw.draw(st.lists(st.integers(0, 11), min_size=1, max_size=99))
-    asked, seen = (np.array(ids, dtype=np.uint16) for ids in (asked, seen))
-    entropy = unigram_cross_entropy(asked, asked, 12, smoothing=0)
-    assert -1e-9 <= entropy <= math.log(12) + 1e-9
-    assert unigram_cross_entropy(seen, asked, 12) >= entropy - 1e-9
-
-
-def test_counts_over_several_pieces(monkeypatch):
-    stream = np.random.default_rng(0).integers(0, 9, 5_000_000).astype(np.uint16)
-    assert _token_counts(stream, 11).tolist() == [
-        *np.bincount(stream, minlength=9).tolist(),
-        0,
-        0,
-    ]
-
-
-def test_foreign_ids_and_nothing_are_refused():
-    with pytest.raises(DataError, match="token 3 in a vocabulary of 3"):
-        _token_counts(np.array([3], dtype=np.uint16), 3)
-    none = np.array([], dtype=np.uint16)
-    with pytest.raises(DataError, match="a token on each side"):
-        unigram_cross_entropy(none, none, 3)
+    stub = SimpleNamespace(
+        vocab_size=tokenizer.vocab_size, digest=tokenizer.digest, encode_batch=spy
+    )
+    prepare(corpus, stub, tmp_path / "data", workers=1)
+    assert len(held) > 4 and most[-1] < 1_500 + 500 < sum(held)
+    assert np.mean(held) < 1_500
