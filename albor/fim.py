@@ -26,9 +26,7 @@ from albor.tokenizer import (
 )
 
 __all__ = [
-    "LINE",
     "STYLES",
-    "WITHIN",
     "Encoded",
     "FimError",
     "Rows",
@@ -146,9 +144,9 @@ class Rows:
 
 
 # The beginning of a line that is not blank, as bytes: what comes next is visible.
-LINE = re.compile(rb"\n(?=[ \t]*[!-~])")
+_LINE = re.compile(rb"\n(?=[ \t]*[!-~])")
 # The bytes of UTF-8 that go on with a character.
-WITHIN = {bytes([byte]) for byte in range(0x80, 0xC0)}
+_WITHIN = {bytes([byte]) for byte in range(0x80, 0xC0)}
 
 
 class Encoded:
@@ -160,7 +158,7 @@ class Encoded:
         self.tokenizer, self.data = tokenizer, text.encode()
         self.ids = np.array(ids, dtype=np.uint16)  # (n,)
         self.ends = np.append(0, np.cumsum(widths[self.ids]))  # (n + 1,), in bytes
-        lines = LINE.finditer(self.data) if tokenizer.keeps_lines else ()
+        lines = _LINE.finditer(self.data) if tokenizer.keeps_lines else ()
         self.lines = np.array([line.end() for line in lines], dtype=np.int64)
 
     def encode(self, first: int, last: int) -> list[int]:
@@ -176,7 +174,7 @@ class Encoded:
 
     def whole(self, token: int, step: int) -> int:
         """`token`, or the next one that does not begin inside a character."""
-        while self.data[self.ends[token] :][:1] in WITHIN:
+        while self.data[self.ends[token] :][:1] in _WITHIN:
             token += step
         return token
 
