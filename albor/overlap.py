@@ -27,8 +27,8 @@ from albor.config import project_path
 __all__ = [
     "BOILERPLATE",
     "FIELDS",
-    "RUN",
     "SUFFIXES",
+    "WORD",
     "Contamination",
     "OverlapError",
     "fixed_numbers",
@@ -41,16 +41,18 @@ __all__ = [
 ]
 
 
-RUN = re.compile(r"[0-9A-Za-z_\u0080-\U0010ffff]+")
+WORD = re.compile(
+    r"(?:(?<!\\)[0-9A-Za-z_]|[\u0080-\U0010ffff])[0-9A-Za-z_\u0080-\U0010ffff]*"
+)
 
 
 def words(text: str) -> list[str]:
-    """The words of a text: names, keywords, prose; no numbers, no signs.
+    """The words of a text: names, keywords, prose; no numbers, signs or escapes.
 
     A word is a run of letters, digits, `_` and characters beyond ASCII that does
-    not begin with a digit.
+    not begin with a digit. The `n` of `\\n` is not a part of it.
     """
-    return [word for word in RUN.findall(text) if word[0] not in "0123456789"]
+    return [word for word in WORD.findall(text) if word[0] not in "0123456789"]
 
 
 def fixed_numbers(key: str, count: int) -> np.ndarray:
@@ -60,12 +62,8 @@ def fixed_numbers(key: str, count: int) -> np.ndarray:
 
 
 _BYTE = fixed_numbers("bytes", 256)
-_BASE, _STEP = fixed_numbers("factors", 2) | np.uint64(
-    1
-)  # odd, so that nothing is lost
-_KIND = np.zeros(
-    256, dtype=np.uint8
-)  # of a byte: 0 between words, 2 a digit, 1 else
+_BASE, _STEP = fixed_numbers("factors", 2) | np.uint64(1)  # odd: nothing is lost
+_KIND = np.zeros(256, dtype=np.uint8)  # 0 between words, 2 a digit, 1 other letters
 _KIND[[*b"ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"]] = 1
 _KIND[[*b"0123456789"]] = 2
 _KIND[128:] = 1
@@ -76,6 +74,7 @@ def word_hashes(text: str) -> np.ndarray:
     data = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
     kind = _KIND[data]
     inside = kind > 0
+    inside[1:] &= (data[:-1] != ord("\\")) | (data[1:] > 127)  # no escapes
     begins = inside.copy()
     begins[1:] &= ~inside[:-1]
     letters = data[inside]

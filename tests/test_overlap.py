@@ -81,7 +81,7 @@ def slow_runs(text: str, n: int) -> list[int]:
     return found
 
 
-TEXTS = st.text("aZ_9 0.\n\t(é数\U0001f40d\x00\x7f\x80-'", max_size=60)
+TEXTS = st.text("aZ_9 0.\\\n\t(é数\U0001f40d\x00\x7f\x80-'", max_size=60)
 
 
 @settings(max_examples=400, deadline=None)
@@ -102,6 +102,7 @@ def test_any_unicode_text(text: str) -> None:
 def test_what_is_a_word() -> None:
     assert words("x1 = 0x1F + 1e5 * _y; 3x9a don't") == ["x1", "_y", "don", "t"]
     assert words("größe, 数据→x") == ["größe", "数据→x"]
+    assert words(r"\nfrom \\n\tx \é \_a \x1b[0m") == ["from", "x", "é", "a"]
     assert words("") == words("1 + 1 == 2\n") == []
     assert len(word_hashes("lone \ud83d half")) == 3
     assert len(word_hashes("a" * 200_000)) == 1
