@@ -78,9 +78,7 @@ def _parquet_rows(
             continue
         values = cells.flatten()
         if cells.null_count or values.null_count:
-            raise DataError(
-                f"{file}: a null after row {before}; leave such rows out"
-            )
+            raise DataError(f"{file}: a null after row {before}; leave it out")
         ids = values.to_numpy()
         ends = np.cumsum(compute.list_value_length(cells).to_numpy())
         wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
@@ -151,16 +149,14 @@ def import_parquet(
     for split in paths:
         rows = [row[:4096] for _, row in itertools.islice(rows_of(split), 16)]
         share = native_share(rows, tokenizer)
-        if check and sum(map(len, rows)) > 200 and share < 0.95:
+        if check and sum(map(len, rows)) > 200 and share < 0.98:
             raise DataError(
                 f"{paths[split][0]}: of its first ids only {share:.0%} come back "
                 "when their text is encoded again; give the tokenizer that the "
                 "file was made with, or check=False if it was this one"
             )
     if packed is None:
-        packed = (
-            len({len(row) for split in paths for _, row in rows_of(split)}) == 1
-        )
+        packed = len({len(row) for x in paths for _, row in rows_of(x)}) == 1
     inputs = {
         "format": FORMAT,
         "corpus": {x: [sha256_file(file) for file in paths[x]] for x in paths},
