@@ -4,8 +4,8 @@
 Notable:
 - A text is the set of its runs of n words, its n-grams. Signs, numbers and layout
   do not count: reformatted code is the same text, and `0, 0, 0, 0` is no evidence.
-- Runs are 64-bit hashes computed by NumPy, tens of megabytes a second, from nothing
-  but the bytes: the same in every process and on every machine.
+- Runs are 64-bit hashes, computed by NumPy for a whole file at a time and from
+  nothing but its bytes: the same in every process and on every machine.
 - Contamination is judged file by file, so that it does not depend on the order of
   files, on the number of workers, or on what else is in the corpus.
 """
