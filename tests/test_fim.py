@@ -4,8 +4,12 @@ import argparse
 import dataclasses
 import heapq
 import inspect
+import os
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -374,6 +378,53 @@ def test_a_draw_depends_on_seed_key_and_fragment_alone(
     assert told({"a.py": text} | tail, seed=1) != alone
     parts = decode_parts(tokenizer, alone)
     assert parts == split_text(text, "0:a.py", 0)
+
+
+def test_both_styles_tell_the_same_fragments(tokenizer: Tokenizer) -> None:
+    """They differ in the order within samples, and in nothing else."""
+    options = {"row_tokens": 96, "rate": 0.7, "seed": 3}
+    psm = pack_rows(TEXTS, "abcd", tokenizer, **options)
+    spm = pack_rows(TEXTS, "abcd", tokenizer, **options, style="spm")
+    assert (psm.starts == spm.starts).all() and (psm.plain == spm.plain).all()
+    assert (psm.samples, psm.overhead) == (spm.samples, spm.overhead)
+    places = find_samples(psm.ids, 96)
+    assert find_samples(spm.ids, 96) == places
+    outside = np.ones(len(psm.ids), dtype=bool)
+    for where in places:
+        one, other = psm.ids[where].tolist(), spm.ids[where].tolist()
+        at, end = one.index(FIM_SUFFIX), one.index(FIM_MIDDLE)
+        told = [FIM_PREFIX, *one[at : end + 1], *one[1:at], *one[end + 1 :]]
+        assert other == told
+        outside[where] = False
+    assert (psm.ids[outside] == spm.ids[outside]).all()
+
+
+@pytest.mark.parametrize(("hash_seed", "threads"), [("0", "1"), ("77", "3")])
+def test_another_process_makes_the_same_rows(
+    tokenizer: Tokenizer, tmp_path: Path, hash_seed: str, threads: str
+) -> None:
+    """Under another hash seed, with more threads, and with dice thrown before."""
+    script = (
+        "import random, sys, numpy; from albor.fim import pack_rows; "
+        "from albor.tokenizer import Tokenizer; from pathlib import Path; "
+        "random.seed(); numpy.random.rand(3); folder = Path(sys.argv[1]); "
+        "texts = [(folder / name).read_text() for name in 'abc']; "
+        "rows = pack_rows(texts, 'abc', Tokenizer.load(folder), row_tokens=100); "
+        "numpy.save(folder / 'rows.npy', rows.ids)"
+    )
+    tokenizer.save(tmp_path)
+    for name, text in zip("abc", TEXTS[1:], strict=True):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    environment = os.environ | {
+        "PYTHONHASHSEED": hash_seed,
+        "RAYON_NUM_THREADS": threads,
+        "PYTHONUTF8": "1",
+    }
+    subprocess.run(
+        [sys.executable, "-c", script, tmp_path], env=environment, check=True
+    )
+    here = pack_rows(TEXTS[1:], "abc", tokenizer, row_tokens=100)
+    assert (np.load(tmp_path / "rows.npy") == here.ids).all() and here.samples > 20
 
 
 def test_characters_that_fit_no_row_stay_in_order() -> None:
