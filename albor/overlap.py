@@ -186,15 +186,19 @@ def _in_file(path: Path, name: str) -> Iterator[tuple[str, object]]:
         raise OverlapError(f"problems: {name} is not UTF-8: {error}") from None
 
 
+def _refuse(error: OSError) -> None:
+    raise OverlapError(f"problems: {error}; mend the permissions") from None
+
+
 def _problems(source: Any) -> Iterator[tuple[str, object]]:
     """(Place, problem) of every problem, in order."""
     if isinstance(source, str | os.PathLike):
         path = project_path(os.fspath(source))
-        if not path.is_dir() and not path.is_file():
-            raise OverlapError(f"problems: no file or folder {path}; mend the path")
         if path.is_file():
-            yield from _in_file(path, path.name)  # and os.walk finds nothing
-        for folder, folders, names in os.walk(path):
+            return (yield from _in_file(path, path.name))
+        if not path.is_dir():
+            raise OverlapError(f"problems: no file or folder {path}; mend the path")
+        for folder, folders, names in os.walk(path, onerror=_refuse):
             folders[:] = sorted(name for name in folders if name[0] != ".")
             names = [x for x in names if x.removesuffix(".gz").endswith(SUFFIXES)]
             for file in (Path(folder, name) for name in sorted(names)):
@@ -215,8 +219,8 @@ def load_problems(source: str | os.PathLike | Iterable[Any]) -> dict[str, str]:
 
     `source`: the path of a file (.jsonl, .json, .py or .txt, each also .gz) or of a
     folder of such files; or a list of texts, of mappings in HumanEval's schema, or
-    of `Path`s. A text file is one problem. Relative paths start at the project. A
-    problem is named by its `task_id`, or by the place where it stands.
+    of `Path`s. A text file is one problem. Relative paths start at the project;
+    links to folders are not followed. Names: `task_id`, or where a problem stands.
     """
     found: dict[str, str] = {}
     for place, problem in _problems(source):

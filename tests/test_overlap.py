@@ -273,6 +273,23 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
         load_problems(tmp_path / "pipe.jsonl")
 
 
+def test_a_folder_that_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one.py").write_text(PROMPT)
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def locked(place: str) -> object:
+        if str(place).endswith("locked"):
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(OverlapError, match=r"Permission denied: '.*locked'; mend"):
+        load_problems(tmp_path)
+
+
 def test_an_empty_folder_has_no_problems(tmp_path: Path) -> None:
     with pytest.raises(OverlapError, match="none in"):
         load_problems(tmp_path)
