@@ -23,6 +23,7 @@ from albor.tokenizer import (
     FIM_SUFFIX,
     SPECIAL_TOKENS,
     Tokenizer,
+    check_text,
 )
 
 __all__ = [
@@ -238,7 +239,10 @@ def pack_rows(
     stream, length = [end], 1
     starts: list[int] = []
     log = []  # of each fragment: its end, its document, its tokens, tokens added
-    encoded = tokenizer.encode_batch(texts)
+    for text, key in zip(texts, keys, strict=True):
+        check_text(text, repr(key))
+    groups = (texts[first : first + 64] for first in range(0, len(texts), 64))
+    encoded = (ids for group in groups for ids in tokenizer.encode_batch(group))
     for text, key, ids in zip(texts, keys, encoded, strict=True):
         document = Encoded(tokenizer, text, ids, widths)
         starts.append(length)

@@ -38,6 +38,7 @@ from albor.tokenizer import (
     GPT2_PATTERN,
     SPECIAL_TOKENS,
     Tokenizer,
+    TokenizerError,
 )
 
 TEXTS = [inspect.getsource(m) for m in (argparse, dataclasses, heapq, textwrap)]
@@ -473,3 +474,13 @@ def test_wrong_settings_are_refused(
     settings = {"texts": ["x", "y"], "keys": ["a", "b"], "row_tokens": 64} | change
     with pytest.raises(FimError, match=message):
         pack_rows(tokenizer=tokenizer, **settings)
+
+
+def test_a_text_that_cannot_be_encoded_is_named_by_its_key(
+    tokenizer: Tokenizer,
+) -> None:
+    texts, keys = ["fine"] * 70 + ["x\ud83d"], [f"{i}.py" for i in range(71)]
+    with pytest.raises(
+        TokenizerError, match=r"'70\.py' has .*U\+D83D at position 1"
+    ):
+        pack_rows(texts, keys, tokenizer, row_tokens=64)
