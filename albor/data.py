@@ -173,7 +173,7 @@ def _inputs_of(
         "tokenizer": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
         "shard_bytes": SHARD_BYTES,
-        "fim_rate": fim_rate,
+        "fim_rate": float(fim_rate),
         **(fim if fim_rate else {}),
         "upsample": upsample if good else 1,
         "repeated": digest(good) if good and upsample > 1 else "",
