@@ -176,7 +176,7 @@ def build_corpus(
     folders, package names or manifests (.csv), separated by `os.pathsep`.
     `max_bytes` takes a sample of about that size from all packages (0: everything);
     `val_bytes` of it, a tenth at most, are held out. `seed` draws the sample and
-    the packages to hold out. `workers` are processes (0: a core each, if many files).
+    the packages to hold out. `workers` are processes (0: a core each).
     `docstrings` is the least number per line. `licences`: "permissive", "any", or
     "auto": permissive, unless the user has named the packages. `benchmarks` (a
     file, a folder or a list of texts) holds problems that must not be trained on.
@@ -242,9 +242,7 @@ def build_corpus(
             for name, owner in sorted(owners.items(), key=lambda item: item[1])
             if name in counts["packages"]
         },
-        "contaminated": {
-            name: sorted(at) for name, at in sorted(given_away.items())
-        },
+        "contaminated": {name: sorted(at) for name, at in given_away.items()},
         "notes": notes,
     }
     content = [
