@@ -31,8 +31,8 @@ check: $(READY) ## Find what is stale or wrong: twins, modules, outputs, style, 
 	@faults=0; \
 	$(BIN)/python -m tools check || faults=1; \
 	$(BIN)/ruff check . || faults=1; \
-	$(BIN)/ruff format --check albor tools tests conftest.py || faults=1; \
-	$(BIN)/mypy albor tools || faults=1; \
+	$(BIN)/ruff format --check albor tools tests book/_ext conftest.py || faults=1; \
+	$(BIN)/mypy albor tools book/_ext || faults=1; \
 	exit $$faults
 
 notebooks: $(READY) ## Export, execute what is stale, write the notebooks (NAME=... for one)
@@ -45,6 +45,7 @@ new: $(READY) ## Begin a chapter (NAME=... TITLE="..." and, if you like, AFTER=.
 	$(BIN)/python -m tools new "$(NAME)" "$(TITLE)" --after "$(AFTER)"
 
 book: $(READY) ## Build the book, offline, warnings as errors, into _build/html
+	rm -rf _build/html  # pages of chapters that are gone
 	$(BIN)/jupyter-book build . -W -n --keep-going
 
 browse: book ## Look at every page of the built book in a headless browser
