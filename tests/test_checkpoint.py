@@ -52,15 +52,6 @@ FILES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads on tensors this small wait for each other, and for busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def fresh(decay="matrices", seed=0):
     model = Albor(SHAPE, seed=seed)
     recipe = OptimizerConfig(lr=1e-2, beta1=0.9, beta2=0.95, decay=decay)

@@ -30,15 +30,6 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads, and wait for them when busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def batch(seed: int = 0, length: int = T) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     stream = torch.randint(V, (B, length + 1), generator=generator)
