@@ -1,4 +1,4 @@
-"""What the tests of the package share; the notebooks run in processes of their own."""
+"""What the tests share; the notebooks run in processes of their own."""
 
 from collections.abc import Iterator
 
