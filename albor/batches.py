@@ -160,6 +160,6 @@ class Batches:
         copied.synchronize()  # the copy from this buffer, two steps ago, is done
         buffer.copy_(rows)
         moved = buffer.to(self.device, non_blocking=True)
-        copied.record()
+        copied.record(torch.cuda.current_stream(self.device))
         self.pinned.reverse()
         return moved

@@ -188,9 +188,10 @@ def test_the_pinned_buffers_take_turns(monkeypatch):
         def synchronize(self):
             self.said.append("wait")
 
-        def record(self):
-            self.said.append("copied")
+        def record(self, stream):
+            self.said.append(f"copied on {stream}")
 
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
     batches = Batches(counting(900), 7, 6, seed=5, ranks=2)
     batches.pinned = [
         (torch.empty((3, 8), dtype=torch.int16), Event()) for _ in range(2)
