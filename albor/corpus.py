@@ -15,8 +15,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from albor.artifacts import digest
 from albor.config import project_path
+from albor.copies import near_duplicates
 from albor.documents import Document as Document  # had from here as well
 from albor.documents import Owner, Reading, Rules, find_owners, read_files
 from albor.filters import (
@@ -37,6 +40,7 @@ __all__ = [
     "build_corpus",
     "check_settings",
     "grade",
+    "measure_copies",
     "permitted",
     "resolve",
     "tally",
@@ -111,6 +115,13 @@ def tally(parts: dict[str, list[Document]], dropped: Dropped) -> dict[str, Any]:
     }
     by_name = {name: dict(counts) for name, counts in sorted(packages.items())}
     return {"splits": splits, "dropped": reasons, "packages": by_name}
+
+
+def measure_copies(taken: list[Taken]) -> dict[str, Any]:
+    """How many files are near-copies of another; they are counted, not dropped."""
+    marks = [np.frombuffer(reading.signature, np.uint32) for _, reading in taken]
+    groups = near_duplicates(np.stack(marks), threshold=0.7)
+    return {"threshold": 0.7, "files": sum(map(len, groups)), "groups": len(groups)}
 
 
 def resolve(spec: str) -> list[Source]:
@@ -192,7 +203,7 @@ def build_corpus(
     if licences == "permissive" or (licences == "auto" and not spec):
         files = permitted(files, owners, listed)
     problems = Contamination(load_problems(benchmarks)) if benchmarks else None
-    rules = Rules(max_file_bytes, docstrings, problems)
+    rules = Rules(max_file_bytes, docstrings, problems, signatures=True)
     given_away: dict[str, list[str]] = defaultdict(list)  # problem -> paths
 
     def read(some: list[File]) -> Iterator[Reading]:
@@ -242,7 +253,12 @@ def build_corpus(
             for name, owner in sorted(owners.items(), key=lambda item: item[1])
             if name in counts["packages"]
         },
-        "contaminated": {name: sorted(at) for name, at in given_away.items()},
+        "near_copies": measure_copies(taken["train"] + taken["val"]),
+        "benchmarks": {
+            "problems": len(problems.names) if problems else 0,
+            "digest": problems.digest if problems else "",
+            "contaminated": {name: sorted(at) for name, at in given_away.items()},
+        },
         "notes": notes,
     }
     content = [

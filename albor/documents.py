@@ -20,6 +20,7 @@ from typing import NamedTuple, Self
 from joblib import Parallel, cpu_count, delayed
 
 from albor.artifacts import sha256_text
+from albor.copies import minhash
 from albor.filters import (
     MAX_BYTES,
     CorpusError,
@@ -92,6 +93,7 @@ class Rules:
     max_file_bytes: int = MAX_BYTES
     docstrings: float = 0.0  # least docstrings per line; 0: not asked
     contamination: Contamination | None = None  # texts that must not be trained on
+    signatures: bool = False  # whether to take one of each text, for near-copies
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Reading:
     sha256: str = ""
     density: Density = field(default_factory=Density)
     problems: tuple[str, ...] = ()  # that the text would give away
+    signature: bytes = b""  # of `copies.minhash`, if it was asked for
 
 
 def read_file(file: File, rules: Rules) -> Reading:
@@ -122,8 +125,9 @@ def read_file(file: File, rules: Rules) -> Reading:
     if counts.docstrings < rules.docstrings * counts.lines:
         return Reading("few docstrings")
     found = tuple(rules.contamination.found(text)) if rules.contamination else ()
-    reason = "contaminated" if found else ""
-    return Reading(reason, len(text.encode()), sha256_text(text), counts, found)
+    signature = minhash(text).tobytes() if rules.signatures else b""
+    measures = len(text.encode()), sha256_text(text), counts, found, signature
+    return Reading("contaminated" if found else "", *measures)
 
 
 GROUP = 100  # files that a worker gets at a time
