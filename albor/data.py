@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 
-SHARD_BYTES = 4_000_000  # of text: a million tokens, a second or two of work
+SHARD_BYTES = 4_000_000  # of text, about a million tokens
 
 
 Item = tuple[Document, int]  # a document, and which of its copies

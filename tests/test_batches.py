@@ -204,7 +204,7 @@ def test_the_pinned_buffers_take_turns(monkeypatch):
         used = first if step % 2 == 0 else second
         assert torch.equal(used[:, :-1].long(), expected)
     assert [event.said for _, event in batches.pinned] == [
-        ["wait", "copied"] * 2
+        ["wait", "copied on cpu"] * 2
     ] * 2
 
 
