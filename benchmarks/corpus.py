@@ -2,9 +2,10 @@
 
     python -m benchmarks.corpus configs/corpus/v2.csv --upsample 10 --fim-rate 0.5
 
-Tokenizer and shards are made in a scratch folder: nothing is found ready. The result
-lands in `benchmarks/results/corpus-NAME.json`. Peak memory is this process's, in MB,
-up to the end of each part; it can only grow from one part to the next.
+Tokenizer and shards are made in a scratch folder: nothing is found ready. The
+result lands in `benchmarks/results/corpus-NAME.json`. Peak memory is this
+process's, in MB, up to the end of each part; it can only grow from one part to
+the next.
 """
 
 import argparse
