@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from albor.model import Albor
-from albor.tokenizer import EOS, Tokenizer
+from albor.tokenizer import EOS, SPECIAL_TOKENS, Tokenizer
 
 __all__ = [
     "GenerateError",
@@ -173,10 +173,11 @@ def complete(
     seed: int = 0,
     use_cache: bool = True,
 ) -> str:
-    """What the model writes after `text`, up to the end of the document.
+    """What the model writes after `text`, up to the first control token.
 
     The prompt is `</s>` and the text, which is how documents begin in the training
-    stream. A character whose last bytes were not generated any more is left out, as
+    stream. `</s>` is the end of the document; a sign of infilling, which a model
+    may put where a fragment would begin, ends the text as well. A character whose last bytes were not generated any more is left out, as
     are ids that the tokenizer does not have: a model may have room for more.
     """
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -190,10 +191,11 @@ def complete(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        stop=range(len(SPECIAL_TOKENS)),
         seed=seed,
         use_cache=use_cache,
     )
-    if new[-1] == EOS:
+    if new[-1] < len(SPECIAL_TOKENS):
         new.pop()
     known = [token for token in new if token < tokenizer.vocab_size]
     return tokenizer.decode(known).rstrip("\N{REPLACEMENT CHARACTER}")

@@ -19,7 +19,7 @@ from albor.generate import (
 )
 from albor.model import Albor
 from albor.shapes import ModelConfig
-from albor.tokenizer import EOS, Tokenizer
+from albor.tokenizer import EOS, FIM_PREFIX, Tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=300,
@@ -293,6 +293,13 @@ def test_the_end_sign_is_not_written(model, tokenizer, monkeypatch):
     assert complete(model, tokenizer, "") == "pass\n"
     written(monkeypatch, [EOS])
     assert complete(model, tokenizer, "") == ""
+
+
+def test_a_sign_of_infilling_ends_the_text(model, tokenizer, monkeypatch):
+    """A model that has learnt infilling may open a sample where a text could begin."""
+    asked = written(monkeypatch, [*tokenizer.encode("pass\n"), FIM_PREFIX])
+    assert complete(model, tokenizer, "") == "pass\n"
+    assert set(asked[0][1]["stop"]) == set(range(7))
 
 
 @pytest.mark.parametrize("missing", [1, 2, 3])
