@@ -296,7 +296,7 @@ def test_the_end_sign_is_not_written(model, tokenizer, monkeypatch):
 
 
 def test_a_sign_of_infilling_ends_the_text(model, tokenizer, monkeypatch):
-    """A model that has learnt infilling may open a sample where a text could begin."""
+    """A model that has learnt to infill may open a sample where texts begin."""
     asked = written(monkeypatch, [*tokenizer.encode("pass\n"), FIM_PREFIX])
     assert complete(model, tokenizer, "") == "pass\n"
     assert set(asked[0][1]["stop"]) == set(range(7))
