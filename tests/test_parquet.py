@@ -3,6 +3,7 @@
 import builtins
 import inspect
 import itertools
+import json
 import textwrap
 
 import numpy as np
@@ -89,6 +90,67 @@ def test_without_pyarrow_the_error_says_so(tokenizer, tmp_path, monkeypatch):
         DataError, match=r"x\.parquet is Parquet.*pip install pyarrow"
     ):
         import_parquet("x.parquet", tokenizer, tmp_path, val="y.parquet")
+
+
+# --- from rows to shards: without pyarrow, rows come from JSON ---------------
+
+
+@pytest.fixture
+def as_json(monkeypatch):
+    """Let `import_parquet` read JSON in the place of Parquet."""
+
+    def rows(file, column, vocab_size):
+        yield [np.array(row, np.uint16) for row in json.loads(file.read_text())]
+
+    def write(file, rows):
+        file.write_text(json.dumps(rows))
+        return file
+
+    monkeypatch.setattr(module, "_parquet_rows", rows)
+    return write
+
+
+def test_rows_become_documents(tokenizer, rows, tmp_path, as_json, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_TOKENS", 300)
+    file = as_json(tmp_path / "a", [*rows[:9], [], rows[9]])
+    held = as_json(tmp_path / "b", rows[10:14])
+    folder = import_parquet(file, tokenizer, tmp_path, val=[held])
+    train = TokenStream.open(folder, "train", tokenizer_digest=tokenizer.digest)
+    expected = [EOS]
+    for row in [*rows[:9], [], rows[9]]:
+        expected += [*row, EOS]
+    assert train.read(0, len(train)).tolist() == expected
+    assert len(train.sources) > 2 and len(train.starts) == 12
+    spans = itertools.pairwise(train.starts.tolist())
+    found = [train.read(a, b - a - 1).tolist() for a, b in spans]
+    assert found == [*rows[:9], [], rows[9]]
+    assert import_parquet(file, tokenizer, tmp_path, val=held) == folder
+
+
+def test_rows_become_a_stream(tokenizer, rows, tmp_path, as_json):
+    flat = [*itertools.chain(*rows)]
+    cut = [flat[i : i + 32] for i in range(0, len(flat) - 32, 32)]
+    file, held = (
+        as_json(tmp_path / "a", cut[:-5]),
+        as_json(tmp_path / "b", cut[-5:]),
+    )
+    train = TokenStream.open(
+        import_parquet(file, tokenizer, tmp_path, val=held), "train"
+    )
+    assert train.read(0, len(train)).tolist() == [*itertools.chain(*cut[:-5])]
+    other = import_parquet(file, tokenizer, tmp_path, val=held, packed=False)
+    assert len(TokenStream.open(other, "train")) == len(train) + len(cut) - 5 + 1
+
+
+def test_rows_of_another_tokenizer_do_not(tokenizer, rows, tmp_path, as_json):
+    other = Tokenizer.train(TEXTS[::2], vocab_size=450)  # all ids small enough
+    file = as_json(tmp_path / "a", other.encode_batch(TEXTS))
+    held = as_json(tmp_path / "b", rows)
+    with pytest.raises(DataError, match=r"a: of its first ids.* come back.*check="):
+        import_parquet(file, tokenizer, tmp_path, val=held)
+    assert is_whole(
+        import_parquet(file, tokenizer, tmp_path, val=held, check=False)
+    )
 
 
 # --- files: with pyarrow, which is not among the requirements -----------------
