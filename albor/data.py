@@ -12,6 +12,7 @@ Notable here:
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,11 +234,18 @@ def prepare(
             results = run(tasks)
         else:
             results = (_make(job, tokenizer) for job in to_do)
-        for job, record in zip(to_do, results, strict=True):
-            made[job.stem] = record
-            done += job.bytes
-            if on_progress:
-                on_progress(done, total)
+        try:
+            for job, record in zip(to_do, results, strict=True):
+                made[job.stem] = record
+                done += job.bytes
+                if on_progress:
+                    on_progress(done, total)
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker process was killed, perhaps for want of memory; call "
+                f"prepare() again with fewer than {workers} workers: what is "
+                "finished is kept"
+            ) from None
     records: dict[str, list[dict[str, Any]]] = {split: [] for split in parts}
     for stem, found in made.items():
         if found is not None:

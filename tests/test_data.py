@@ -346,6 +346,27 @@ def test_a_killed_run_goes_on(tokenizer, tmp_path, small_shards, workers):
     assert everything(folder) == everything(other)
 
 
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux")
+def test_a_killed_worker_is_reported(corpus, tokenizer, tmp_path, small_shards):
+    def kill_one(done, total):
+        mine = f"\nPPid:\t{os.getpid()}\n"
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                ours = mine in (process / "status").read_text()
+                worker = b"popen_loky" in (process / "cmdline").read_bytes()
+            except OSError:  # it has ended meanwhile
+                continue
+            if ours and worker:
+                os.kill(int(process.name), signal.SIGKILL)
+
+    with pytest.raises(
+        DataError, match=r"worker process was killed.*than 2 workers"
+    ):
+        prepare(corpus, tokenizer, tmp_path, workers=2, on_progress=kill_one)
+    folder = prepare(corpus, tokenizer, tmp_path, workers=2)
+    assert is_whole(folder)
+
+
 def test_reuse_does_no_encoding(corpus, tokenizer, tmp_path):
     folder = prepare(corpus, tokenizer, tmp_path)
     before = everything(folder), inodes(folder)
