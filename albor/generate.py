@@ -178,8 +178,8 @@ def complete(
     The prompt is `</s>` and the text, which is how documents begin in the training
     stream. `</s>` is the end of the document; a sign of infilling, which a model
     may put where a fragment would begin, ends the text as well. A character whose
-    last bytes were not generated any more is left out, as are ids that the tokenizer
-    does not have: a model may have room for more.
+    last bytes were not generated any more is left out, and so are ids that the
+    tokenizer does not have: a model may have room for more.
     """
     if tokenizer.vocab_size > model.config.vocab_size:
         raise GenerateError(
