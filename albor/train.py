@@ -79,14 +79,11 @@ def evaluate_loss(
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i in range(0, count, micro_batch):
-        places = chosen[i : i + micro_batch] * seq_len
-        taken = torch.from_numpy(
-            stream.gather(places, seq_len + 1).astype(np.int64)
-        )
-        taken = taken.to(device)
+        some = stream.gather(chosen[i : i + micro_batch] * seq_len, seq_len + 1)
+        taken = torch.from_numpy(some.astype(np.int64)).to(device)
         with torch.autocast(device.type, dtype=half) if half else nullcontext():
             mean = model.loss(taken[:, :-1].contiguous(), taken[:, 1:].contiguous())
-        total += mean.double() * len(places)
+        total += mean.double() * len(taken)
     return float(total) / count, count * seq_len
 
 
