@@ -532,6 +532,11 @@ def test_the_recipe_of_the_project_is_the_default(monkeypatch):
     values = run(until="def choose_micro_batch")
     assert values["recipe"].name == "pretrain-small"
     assert values["folder"] == Path(values["scratch"].name)
+    steps = {}
+    for mode in ("1", "short"):
+        monkeypatch.setenv("ALBOR_TEST", mode)
+        steps[mode] = run(until="def choose_micro_batch")["recipe"].training.max_steps
+    assert steps == {"1": 900, "short": 60}, "only among tests is the run cut short"
     monkeypatch.setenv("ALBOR_TEST", "0")
     monkeypatch.chdir(ROOT.parent)
     values = run(until="def choose_folder(recipe):\n")
