@@ -535,7 +535,9 @@ def test_the_recipe_of_the_project_is_the_default(monkeypatch):
     steps = {}
     for mode in ("1", "short"):
         monkeypatch.setenv("ALBOR_TEST", mode)
-        steps[mode] = run(until="def choose_micro_batch")["recipe"].training.max_steps
+        steps[mode] = run(until="def choose_micro_batch")[
+            "recipe"
+        ].training.max_steps
     assert steps == {"1": 900, "short": 60}, "only among tests is the run cut short"
     monkeypatch.setenv("ALBOR_TEST", "0")
     monkeypatch.chdir(ROOT.parent)
@@ -547,3 +549,70 @@ def test_the_recipe_of_the_project_is_the_default(monkeypatch):
     )
     assert values["home"] == ROOT
     assert project_path("x") == ROOT.parent / "x"
+
+
+# ----------------------------------------------------------- token rows of others
+
+
+def table_recipe(project, **data):
+    """The small recipe with other keys in `data`, under the name "rows"."""
+    text = RECIPE.format(corpus="rows.parquet", precision="fp32")
+    lines = "".join(f"  {key}: {value}\n" for key, value in data.items())
+    text = text.replace("  seq_len", f"{lines}  seq_len")
+    (project / "configs" / "train" / "rows.yaml").write_text(text)
+
+
+def test_token_rows_need_all_three_files(project):
+    table_recipe(project, val="held.parquet", tokenizer="runs/a")
+    with pytest.raises(
+        ConfigError, match=r"data.train = 'rows.parquet': not there"
+    ):
+        run(config="rows", until="def choose_folder")["choose_recipe"](
+            torch.device("cpu")
+        )
+
+
+def test_a_run_on_token_rows(project):
+    """The same tokens from Parquet give the same run as from text."""
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    first = run(config="small", output_dir="runs/a")
+    for name in ("train", "val"):
+        stream = first[f"{name}_tokens"]
+        ids = stream.read(0, len(stream)).tolist()
+        table = arrow.table(
+            {"input_ids": arrow.array([ids], arrow.list_(arrow.int32()))}
+        )
+        parquet.write_table(table, project / f"{name}.parquet")
+    (project / "train.parquet").rename(project / "rows.parquet")
+    rows = {
+        "val": "val.parquet",
+        "tokenizer": "runs/a",
+        "input_column": "input_ids",
+    }
+    table_recipe(project, **rows)
+    second = run(config="rows", output_dir="runs/b")
+    assert len(second["train_tokens"]) == len(first["train_tokens"])
+    assert weights(project / "runs" / "a") == weights(project / "runs" / "b")
+    third = run(config="rows", output_dir="runs/b", resume=True)
+    assert third["start"] == third["recipe"].training.max_steps
+
+
+def test_a_run_that_learns_to_infill(project):
+    """Samples fill rows of their own, and the recipe's keys reach the data."""
+    text = RECIPE.format(corpus="source", precision="fp32")
+    keys = "  fim_rate: 0.7\n  fim_style: spm\n  upsample: 2\n  seq_len"
+    path = project / "configs" / "train" / "infill.yaml"
+    path.write_text(text.replace("  seq_len", keys))
+    values = run(config="infill", output_dir="runs/a")
+    inputs = values["train_tokens"].meta["inputs"]
+    assert (inputs["fim_rate"], inputs["style"], inputs["row_tokens"]) == (
+        0.7,
+        "spm",
+        25,
+    )
+    assert values["train_tokens"].meta["splits"]["train"]["samples"] > 20
+    assert values["batches"].stride == 25 and len(values["train_tokens"]) % 25 == 0
+    val = values["val_tokens"].read(0, len(values["val_tokens"]))
+    assert set(val.tolist()) & set(range(7)) == {2}, "held-out text is as it is"
