@@ -13,6 +13,7 @@ import codecs
 import dataclasses
 import io
 import re
+import string
 import tokenize
 from collections import Counter
 from dataclasses import dataclass
@@ -26,10 +27,12 @@ __all__ = [
     "MIN_BYTES",
     "MIN_LETTERS",
     "PERMISSIVE",
+    "SIMPLE",
     "TEST_FILE",
     "CorpusError",
     "Density",
     "clean",
+    "count_letters",
     "density",
     "is_permissive",
     "is_test",
@@ -63,6 +66,14 @@ def clean(data: bytes) -> str:
     return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
+def count_letters(text: str) -> int:
+    """How many characters of a text are letters."""
+    if text.isascii():  # most source is, and then bytes are counted at once
+        data = text.encode()
+        return len(data) - len(data.translate(None, string.ascii_letters.encode()))
+    return sum(map(str.isalpha, text))
+
+
 def read_text(data: bytes, max_bytes: int = MAX_BYTES) -> tuple[str, str]:
     """The text of a file and ""; or "" and why it is not worth parsing.
 
@@ -80,7 +91,7 @@ def read_text(data: bytes, max_bytes: int = MAX_BYTES) -> tuple[str, str]:
     lines = text.split("\n")
     if max(map(len, lines)) > MAX_LINE:
         return "", "long line"
-    if sum(map(str.isalpha, text)) < MIN_LETTERS * len(text):
+    if count_letters(text) < MIN_LETTERS * len(text):
         return "", "few letters"
     if GENERATED.search("\n".join(lines[:20])):
         return "", "generated"
@@ -125,8 +136,9 @@ class Density:
         return documented + self.annotated / max(1, self.functions)
 
 
-# What can have a docstring.
+# What can have a docstring, and the most frequent statements that hold no others.
 DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+SIMPLE = ast.Expr, ast.Assign, ast.AnnAssign, ast.Return, ast.ImportFrom, ast.Import
 
 
 def density(tree: ast.Module, lines: int = 0) -> Density:
@@ -136,7 +148,8 @@ def density(tree: ast.Module, lines: int = 0) -> Density:
     while stack:
         node = stack.pop()
         for name in ("body", "orelse", "finalbody", "handlers", "cases"):
-            stack.extend(getattr(node, name, ()))
+            inside = getattr(node, name, ())
+            stack.extend(one for one in inside if not isinstance(one, SIMPLE))
         if not isinstance(node, DOCUMENTED):
             continue
         said = ast.get_docstring(node, clean=False) is not None

@@ -13,6 +13,7 @@ from albor.filters import (
     MAX_LINE,
     Density,
     clean,
+    count_letters,
     density,
     is_permissive,
     is_test,
@@ -267,3 +268,8 @@ def test_the_size_limit_is_a_parameter() -> None:
     data = GOOD.encode() * 3000
     assert judge(data)[1] == "too large"
     assert judge(data, max_bytes=len(data))[1] == ""
+
+
+@given(st.text())
+def test_letters_are_counted(text: str) -> None:
+    assert count_letters(text) == sum(character.isalpha() for character in text)
