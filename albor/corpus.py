@@ -39,8 +39,8 @@ __all__ = [
     "Corpus",
     "build_corpus",
     "check_settings",
+    "count_copies",
     "grade",
-    "measure_copies",
     "permitted",
     "resolve",
     "tally",
@@ -117,9 +117,11 @@ def tally(parts: dict[str, list[Document]], dropped: Dropped) -> dict[str, Any]:
     return {"splits": splits, "dropped": reasons, "packages": by_name}
 
 
-def measure_copies(taken: list[Taken]) -> dict[str, Any]:
-    """How many files are near-copies of another; they are counted, not dropped."""
+def count_copies(taken: list[Taken]) -> dict[str, Any]:
+    """How many files are near-copies of another, if signatures were taken."""
     marks = [np.frombuffer(reading.signature, np.uint32) for _, reading in taken]
+    if not marks[0].size:
+        return {}
     groups = near_duplicates(np.stack(marks), threshold=0.7)
     return {"threshold": 0.7, "files": sum(map(len, groups)), "groups": len(groups)}
 
@@ -180,6 +182,7 @@ def build_corpus(
     docstrings: float = 0.0,
     licences: str = "auto",
     benchmarks: Any = None,
+    near_copies: bool = False,
 ) -> Corpus:
     """Find, filter and split the Python source that `spec` names.
 
@@ -191,6 +194,7 @@ def build_corpus(
     `docstrings` is the least number per line. `licences`: "permissive", "any", or
     "auto": permissive, unless the user has named the packages. `benchmarks` (a
     file, a folder or a list of texts) holds problems that must not be trained on.
+    `near_copies` counts files that are nearly alike, which takes a little longer.
     """
     chosen = {"max_bytes": max_bytes, "val_bytes": val_bytes, "seed": seed}
     settings = {"docstrings": docstrings, "licences": licences}
@@ -203,7 +207,7 @@ def build_corpus(
     if licences == "permissive" or (licences == "auto" and not spec):
         files = permitted(files, owners, listed)
     problems = Contamination(load_problems(benchmarks)) if benchmarks else None
-    rules = Rules(max_file_bytes, docstrings, problems, signatures=True)
+    rules = Rules(max_file_bytes, docstrings, problems, near_copies)
     given_away: dict[str, list[str]] = defaultdict(list)  # problem -> paths
 
     def read(some: list[File]) -> Iterator[Reading]:
@@ -253,7 +257,7 @@ def build_corpus(
             for name, owner in sorted(owners.items(), key=lambda item: item[1])
             if name in counts["packages"]
         },
-        "near_copies": measure_copies(taken["train"] + taken["val"]),
+        "near_copies": count_copies(taken["train"] + taken["val"]),
         "benchmarks": {
             "problems": len(problems.names) if problems else 0,
             "digest": problems.digest if problems else "",

@@ -9,6 +9,7 @@ Notable:
 - Every package gets its owner: the distribution, its version, its stated licence.
 """
 
+import gc
 import importlib.metadata
 import platform
 import warnings
@@ -136,9 +137,15 @@ LARGE = 16_000_000  # bytes from which starting processes pays
 
 def read_group(files: list[File], rules: Rules) -> list[Reading]:
     """Read some files, in a worker or here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the parser comments on what it reads
-        return [read_file(file, rules) for file in files]
+    collecting = gc.isenabled()
+    gc.disable()  # a syntax tree has no cycles, but many nodes to look for them
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the parser comments on what it reads
+            return [read_file(file, rules) for file in files]
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def read_files(

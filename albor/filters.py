@@ -15,7 +15,6 @@ import io
 import re
 import string
 import tokenize
-from collections import Counter
 from dataclasses import dataclass
 
 __all__ = [
@@ -143,7 +142,7 @@ SIMPLE = ast.Expr, ast.Assign, ast.AnnAssign, ast.Return, ast.ImportFrom, ast.Im
 
 def density(tree: ast.Module, lines: int = 0) -> Density:
     """Count definitions, docstrings and annotations in a syntax tree."""
-    counts = Counter(lines=lines)
+    docstrings = definitions = documented = functions = annotated = 0
     stack: list[ast.AST] = [tree]
     while stack:
         node = stack.pop()
@@ -153,16 +152,18 @@ def density(tree: ast.Module, lines: int = 0) -> Density:
         if not isinstance(node, DOCUMENTED):
             continue
         said = ast.get_docstring(node, clean=False) is not None
-        counts.update(docstrings=said)
-        if not isinstance(node, ast.Module):
-            counts.update(definitions=1, documented=said)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        docstrings += said
+        if isinstance(node, ast.Module):
+            continue
+        definitions += 1
+        documented += said
+        if not isinstance(node, ast.ClassDef):
             given = node.args
             some = [*given.posonlyargs, *given.args, *given.kwonlyargs]
             some += filter(None, (given.vararg, given.kwarg))
-            typed = any(one.annotation for one in some) or node.returns is not None
-            counts.update(functions=1, annotated=typed)
-    return Density(**counts)
+            functions += 1
+            annotated += node.returns is not None or any(x.annotation for x in some)
+    return Density(lines, docstrings, definitions, documented, functions, annotated)
 
 
 GOOD = 0.9  # of at most 2: the score from which a package belongs to tier 1

@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, default=2048)
     parser.add_argument("--val-bytes", type=int, default=8_000_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--near-copies", action="store_true")
     given = parser.parse_args()
     seconds: dict[str, float] = {}
     peaks: dict[str, int] = {}
@@ -54,7 +55,7 @@ def main() -> None:
         began = time.monotonic()
 
     amounts = {"val_bytes": given.val_bytes, "workers": given.workers}
-    corpus = build_corpus(given.corpus, **amounts)
+    corpus = build_corpus(given.corpus, **amounts, near_copies=given.near_copies)
     lap("corpus")
     every = -(-sum(one.size for one in corpus.train) // TOKENIZER_BYTES)
     texts = (one.text for one in corpus.train[::every])
