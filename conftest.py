@@ -8,8 +8,8 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent
 
-# Notebook kernels inherit this. "auto" means the CPU recipe, also where a GPU is, and
-# some steps of it: `make pretrain` and `make notebooks` run the whole.
+# Notebook kernels inherit this: "auto" means the CPU recipe, also where a GPU is,
+# and some steps of it: `make pretrain` and `make notebooks` run the whole.
 os.environ["ALBOR_TEST"] = "short"
 # The package under test is the one beside this file, wherever another is installed.
 PATHS = [str(ROOT), os.environ.get("PYTHONPATH", "")]

@@ -20,6 +20,7 @@ import torch
 
 from albor.artifacts import read_json, read_jsonl, sha256_file
 from albor.config import ConfigError, project_path
+from albor.provenance import verify
 from albor.shards import DataError
 from albor.sources import CorpusError
 
@@ -152,6 +153,9 @@ def test_a_run_and_its_folder(project, capsys):
     assert story["recipe"]["training"]["max_steps"] == 14 and story["seed"] == 0
     assert story["corpus"]["digest"] and story["corpus"]["report"]["splits"]
     assert story["corpus"]["report"]["spec"] == "source"
+    data = project / "data" / story["data"]
+    checked = verify(folder / "provenance.json", tokenizer=folder, data=data)
+    assert checked["shards"] == 2
     session = story["sessions"][0]
     assert session["versions"]["torch"] == torch.__version__
     assert session["device"] == "cpu" and session["threads"] > 0
