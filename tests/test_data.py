@@ -383,7 +383,9 @@ def test_damage_is_repaired_alone(
     corpus, tokenizer, tmp_path, small_shards, name, damage
 ):
     folder = prepare(corpus, tokenizer, tmp_path, workers=1)
-    good, numbers = everything(folder), inodes(folder)
+    good = everything(folder)
+    for made in folder.glob("*.bin"):
+        os.utime(made, (1, 1))  # dates tell: an inode may be given out again
     file = folder / name
     if damage == "remove":
         file.unlink()
@@ -393,7 +395,7 @@ def test_damage_is_repaired_alone(
         file.write_bytes(bytes([good[name][0] ^ 1]) + good[name][1:])
     assert prepare(corpus, tokenizer, tmp_path, workers=1) == folder
     assert everything(folder) == good
-    changed = [x for x, number in inodes(folder).items() if number != numbers[x]]
+    changed = [x.name for x in folder.glob("*.bin") if x.stat().st_mtime != 1]
     assert changed == (
         [] if name == "meta.json" else [name.partition(".")[0] + ".bin"]
     )
