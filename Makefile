@@ -68,7 +68,7 @@ $(READY): requirements.lock pyproject.toml Makefile
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit( \
 		'Albor needs Python 3.11 or newer: make PYTHON=/path/to/python')"
 	$(PYTHON) -m venv $(VENV)
-	# The lock is complete; left to resolve, pip would take a newer release for an extra.
+# --no-deps: the lock is complete, and pip would take a newer release for an extra.
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
