@@ -59,7 +59,7 @@ lock: $(READY) ## Renew requirements.lock (torch is pinned here instead, with no
 	echo "torch==$(TORCH)" | $(BIN)/uv pip compile --quiet --upgrade --universal \
 		--python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--no-emit-package torch --extra run --extra dev pyproject.toml - \
-		| awk '/^[a-z]/ { keep = !/^(nvidia-|cuda-|triton)/ } keep' > requirements.lock
+		| awk '/^[a-z]/ { keep = !/^(nvidia-|cuda-)/ } keep' > requirements.lock
 
 clean: ## Remove the environment and what was built (not your checkpoints and runs)
 	rm -rf $(VENV) _build .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -161,8 +162,16 @@ def test_lock_is_hashed_throughout_and_brings_no_cuda():
         r"^(?=[a-zA-Z0-9])", read("requirements.lock"), flags=re.MULTILINE
     )
     assert all("--hash=sha256:" in entry for entry in entries if entry.strip())
-    prefixes = ("nvidia-", "cuda-", "triton")
+    prefixes = ("nvidia-", "cuda-")
     assert not [name for name in locked() if name.startswith(prefixes)]
+
+
+def test_triton_is_the_version_that_torch_pins():
+    pins = [r for r in map(Requirement, requires("torch")) if r.name == "triton"]
+    if not pins:
+        pytest.skip("this build of torch has no CUDA and pins no Triton")
+    (version,) = locked()["triton"]
+    assert all(pin.specifier.contains(version) for pin in pins)
 
 
 def test_torch_pin_is_within_bounds():
