@@ -25,7 +25,8 @@ corpus: $(READY) ## Fetch the pinned packages of a manifest (MANIFEST=... for an
 		from albor.manifest import fetch; fetch(sys.argv[1])" "$(MANIFEST)"
 
 test: $(READY) ## Run every test, and every cell of every notebook against its stored output
-	$(BIN)/python -m pytest --nbval --cov=albor --cov-report=term tests notebooks
+	$(BIN)/python -m pytest --nbval -n auto --dist loadfile \
+		--cov=albor --cov-report=term tests notebooks
 
 check: $(READY) ## Find what is stale or wrong: twins, modules, outputs, style, types
 	@faults=0; \

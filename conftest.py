@@ -17,6 +17,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(path for path in PATHS if path)
 # A backend set for scripts would keep the figures out of the notebooks' outputs.
 os.environ.pop("MPLBACKEND", None)
 
+# Workers side by side (`make test`) share the cores. More threads than cores do not
+# slow PyTorch a little: they wait for each other at the end of every operation.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    share = max(1, (os.cpu_count() or 1) // WORKERS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
 # A busy machine is slow, not wrong.
 settings.register_profile("albor", deadline=None)
 settings.load_profile("albor")
