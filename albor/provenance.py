@@ -105,18 +105,15 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], list[Any], Counts]:
                 one["tokens"] += tokens if copy == 0 else 0
             sidecar |= {"name": name, "documents": len(sidecar["documents"])}
             shards.append({key: sidecar.get(key) for key in shard})
-            total.update(
-                {key: sidecar.get(key, 0) for key in told if key != "shards"}
-            )
+            sums = {key: sidecar.get(key, 0) for key in told if key != "shards"}
+            total.update(sums)
         splits[split] = {**total, "shards": shards}
     _compare("meta.json, splits", meta["splits"], splits)
     for odd in sorted(x.name for x in folder.iterdir() if x.name not in names):
         if not odd.startswith("."):
             raise ProvenanceError(f"{odd}: in the data folder, and in no record")
-    listed = [
-        {"split": x, **y} for x in sorted(splits) for y in splits[x]["shards"]
-    ]
-    return meta, listed, counts
+    both = [{"split": x, **y} for x in sorted(splits) for y in splits[x]["shards"]]
+    return meta, both, counts
 
 
 FORMAT = 2  # of the record
@@ -136,9 +133,8 @@ def _rows(corpus: Corpus) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"split": split, "package": one.package}
             row |= {"path": one.path, "sha256": one.sha256, "bytes": one.size}
             row |= {"distribution": one.distribution, "tier": one.tier}
-            rows.append(
-                row | corpus.report["licences"].get(one.distribution, UNKNOWN)
-            )
+            owner = corpus.report["licences"].get(one.distribution, UNKNOWN)
+            rows.append(row | owner)
     return rows
 
 
