@@ -493,7 +493,9 @@ CODE = st.lists(
             ["    ", "\t", "\n", "\r\n", "\r", " ", "def ", "'ll", "'S"]
         ),
         st.sampled_from(["x", "12345", *"\x00\x0b\x0c\x1c\x1f\x85\u2028"]),
-        st.sampled_from([*SPECIAL_TOKENS, "é", "٣", "ſ", "'ſ", "\u212a", "\xa0"]),
+        st.sampled_from(
+            [*SPECIAL_TOKENS, "é", "٣", "\u017f", "'\u017f", "\u212a", "\xa0"]
+        ),
         st.text(max_size=6),
         st.text(st.characters(max_codepoint=127), max_size=6),
     ),
@@ -507,7 +509,7 @@ def learnt() -> Tokenizer:
     return Tokenizer.train(texts, 1200)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(CODE)
 def test_the_memory_gives_what_the_tokenizer_gives(learnt, text: str) -> None:
     fast = FastEncoder(learnt)
@@ -528,7 +530,7 @@ def test_the_memory_on_real_files_and_when_it_is_full(learnt, monkeypatch) -> No
 
 
 def test_every_character_of_the_basic_plane(learnt) -> None:
-    """The library's classes of letters, digits and blanks, character by character."""
+    """The library's classes of characters, one by one."""
     fast = FastEncoder(learnt)
     for code in [*range(0x3000), *range(0xFE00, 0x10000)]:
         text = f"a {chr(code)}b1{chr(code)}\n {chr(code)} \n  x\n'{chr(code)}s"
