@@ -37,10 +37,12 @@ from albor.split import Taken, split
 
 __all__ = [
     "Corpus",
+    "Met",
     "build_corpus",
     "check_settings",
     "count_copies",
     "grade",
+    "overlaps",
     "permitted",
     "resolve",
     "tally",
@@ -171,6 +173,22 @@ def permitted(
     return kept
 
 
+Met = dict[str, list[tuple[int, str]]]  # problem -> (n-grams shared, path) of files
+
+
+def overlaps(problems: Contamination | None, met: Met) -> dict[str, dict[str, Any]]:
+    """What each problem shares with the files read, dropped ones included."""
+    table = {}
+    for name, ngrams in problems.counts.items() if problems else ():
+        files = sorted(met.get(name, ()), key=lambda one: (-one[0], one[1]))
+        most, nearest = files[0] if files else (0, "")
+        enough = min(problems.least, ngrams) if problems else 0
+        dropped = sum(shared >= enough for shared, _ in files)
+        row: dict[str, Any] = {"ngrams": ngrams, "files": len(files), "most": most}
+        table[name] = row | {"nearest": nearest, "dropped": dropped}
+    return table
+
+
 def build_corpus(
     spec: str = "",
     *,
@@ -209,16 +227,20 @@ def build_corpus(
     problems = Contamination(load_problems(benchmarks)) if benchmarks else None
     rules = Rules(max_file_bytes, docstrings, problems, near_copies)
     given_away: dict[str, list[str]] = defaultdict(list)  # problem -> paths
+    met: Met = defaultdict(list)
 
     def read(some: list[File]) -> Iterator[Reading]:
         found = read_files(some, rules, workers)
         for file, reading in zip(some, found, strict=True):
             for problem in reading.problems:
                 given_away[problem].append(file.path)
+            for problem, shared in reading.shared:
+                met[problem].append((shared, file.path))
             yield reading
 
     for unit in ("package", "path"):
         given_away.clear()
+        met.clear()
         dropped = Dropped(list, {why: [*some] for why, some in listed.items()})
         taken = split(files, unit, dropped, read, **chosen)
         if taken["train"] and taken["val"]:
@@ -262,6 +284,7 @@ def build_corpus(
             "problems": len(problems.names) if problems else 0,
             "digest": problems.digest if problems else "",
             "contaminated": {name: sorted(at) for name, at in given_away.items()},
+            "overlap": overlaps(problems, met),
         },
         "notes": notes,
     }

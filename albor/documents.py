@@ -106,6 +106,7 @@ class Reading:
     sha256: str = ""
     density: Density = field(default_factory=Density)
     problems: tuple[str, ...] = ()  # that the text would give away
+    shared: tuple[tuple[str, int], ...] = ()  # all met, with n-grams shared
     signature: bytes = b""  # of `copies.minhash`, if it was asked for
 
 
@@ -125,10 +126,13 @@ def read_file(file: File, rules: Rules) -> Reading:
     counts = density(tree, lines=text.count("\n"))
     if counts.docstrings < rules.docstrings * counts.lines:
         return Reading("few docstrings")
-    found = tuple(rules.contamination.found(text)) if rules.contamination else ()
+    check = rules.contamination
+    shared = check.shared(text) if check else {}
+    found = tuple(check.found(text)) if check and shared else ()
     signature = minhash(text).tobytes() if rules.signatures else b""
-    measures = len(text.encode()), sha256_text(text), counts, found, signature
-    return Reading("contaminated" if found else "", *measures)
+    measures = len(text.encode()), sha256_text(text), counts, found
+    reason = "contaminated" if found else ""
+    return Reading(reason, *measures, tuple(shared.items()), signature)
 
 
 GROUP = 100  # files that a worker gets at a time

@@ -77,6 +77,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "about": {
             "hardware": f"{platform.machine()}, {given.workers} processes",
+            "load": os.getloadavg(),  # of 1, 5 and 15 minutes, this run's too
             "versions": {x: version(x) for x in ("tokenizers", "numpy", "joblib")},
             "python": platform.python_version(),
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -755,3 +755,33 @@ def test_a_script_without_a_guard_starts_no_pool_of_pools(tmp_path: Path) -> Non
         "started",
         build_corpus(str(tree), workers=1).digest,
     ]
+
+
+def test_every_problem_is_in_the_report_of_overlaps() -> None:
+    """Also one that nobody has met, and one met by too little to drop a file."""
+    from albor.corpus import overlaps
+    from albor.overlap import Contamination
+
+    words = [f"word{i}" for i in range(40)]
+    exam = {
+        "whole": words[:20],
+        "near": words[20:31],
+        "far": ["else"] * 3 + words[35:],
+    }
+    problems = Contamination({name: " ".join(some) for name, some in exam.items()})
+    met = {
+        "whole": [(2, "b.py"), (11, "a.py"), (2, "a2.py")],
+        "near": [(1, "c.py")],
+    }
+    table = overlaps(problems, met)
+    assert table["whole"] == {
+        "ngrams": 11,
+        "files": 3,
+        "most": 11,
+        "nearest": "a.py",
+        "dropped": 1,
+    }
+    assert (table["near"]["files"], table["near"]["dropped"]) == (1, 0)
+    far = table["far"]
+    assert (far["files"], far["most"], far["nearest"]) == (0, 0, "")
+    assert overlaps(None, {}) == {}

@@ -1,5 +1,6 @@
 """Preparing token data: the same bytes from anyone, however often interrupted."""
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -7,19 +8,21 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albor import data
 from albor.artifacts import digest
 from albor.corpus import Corpus
-from albor.data import Job, cut_into_shards, prepare, spread_copies
+from albor.data import FastEncoder, Job, cut_into_shards, prepare, spread_copies
 from albor.documents import Document
 from albor.filters import CorpusError
 from albor.shards import DataError, TokenStream, is_whole
@@ -28,6 +31,8 @@ from albor.tokenizer import (
     FIM_MIDDLE,
     FIM_PREFIX,
     FIM_SUFFIX,
+    GPT2_PATTERN,
+    SPECIAL_TOKENS,
     Tokenizer,
 )
 
@@ -440,7 +445,8 @@ def test_the_largest_ids_survive(tmp_path):
     stub = SimpleNamespace(
         vocab_size=65_536,
         digest="x",
-        encode_batch=lambda texts: [ids for _ in texts],
+        keeps_lines=False,
+        encode=lambda text: ids,
     )
     folder = prepare(corpus_of(tmp_path, ["a"], ["b"]), stub, tmp_path / "data")
     train = TokenStream.open(folder, "train")
@@ -457,18 +463,82 @@ def test_an_empty_split_is_refused(tokenizer, tmp_path, train, val):
 def test_memory_is_bounded_by_a_shard(tokenizer, tmp_path, monkeypatch):
     """The caller keeps no text: what is read of one shard is gone by the next."""
     monkeypatch.setattr(data, "SHARD_BYTES", 1_500)
-    held, most = [], []
     corpus = corpus_of(tmp_path, LONG, TEXTS)
-    plain = tokenizer.encode_batch
+    read, alive, held = Document.text.fget, weakref.WeakValueDictionary(), []
 
-    def spy(texts):
-        held.append(sum(map(len, texts)))
-        most.append(max(held))
-        return plain(texts)
+    class Text(str):  # one that can be watched
+        pass
 
-    stub = SimpleNamespace(
-        vocab_size=tokenizer.vocab_size, digest=tokenizer.digest, encode_batch=spy
-    )
+    def watched(document):
+        text = Text(read(document))
+        alive[id(text)] = text
+        return text
+
+    def spy(text):
+        held.append(sum(map(len, alive.values())))
+        return tokenizer.encode(str(text))
+
+    monkeypatch.setattr(Document, "text", property(watched))
+    stub = SimpleNamespace(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest)
+    stub.keeps_lines, stub.encode = False, spy
     prepare(corpus, stub, tmp_path / "data", workers=1)
-    assert len(held) > 4 and most[-1] < 1_500 + 500 < sum(held)
-    assert np.mean(held) < 1_500
+    total = sum(one.size for one in corpus.train + corpus.val)
+    assert 500 < max(held) < 2 * (1_500 + 500) < total
+    assert np.mean(held) < 2_000
+
+
+CODE = st.lists(
+    st.one_of(
+        st.sampled_from(
+            ["    ", "\t", "\n", "\r\n", "\r", " ", "def ", "'ll", "'S"]
+        ),
+        st.sampled_from(["x", "12345", *"\x00\x0b\x0c\x1c\x1f\x85\u2028"]),
+        st.sampled_from(
+            [*SPECIAL_TOKENS, "é", "٣", "\u017f", "'\u017f", "\u212a", "\xa0"]
+        ),
+        st.text(max_size=6),
+        st.text(st.characters(max_codepoint=127), max_size=6),
+    ),
+    max_size=30,
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def learnt() -> Tokenizer:
+    texts = [Path(x.__file__).read_text("utf-8") for x in (argparse, textwrap)]
+    return Tokenizer.train(texts, 1200)
+
+
+@settings(max_examples=500, deadline=None)
+@given(CODE)
+def test_the_memory_gives_what_the_tokenizer_gives(learnt, text: str) -> None:
+    fast = FastEncoder(learnt)
+    assert fast.encode(text) == learnt.encode(text)
+    assert fast.encode(text) == learnt.encode(text)  # now from memory
+
+
+def test_the_memory_on_real_files_and_when_it_is_full(learnt, monkeypatch) -> None:
+    folder = Path(argparse.__file__).parent
+    texts = [x.read_bytes().decode("utf-8", "replace") for x in folder.glob("*.py")]
+    texts += [" " * 5000 + "x" * 5000 + "=" * 5000, ""]
+    expected = learnt.encode_batch(texts)
+    assert FastEncoder(learnt).encode_batch(texts) == expected
+    monkeypatch.setattr(data, "REMEMBERED", 50)
+    forgetful = FastEncoder(learnt)
+    assert forgetful.encode_batch(texts[:20]) == expected[:20]
+    assert len(forgetful) <= 50 and max(map(len, forgetful)) < 100
+
+
+def test_every_character_of_the_basic_plane(learnt) -> None:
+    """The library's classes of characters, one by one."""
+    fast = FastEncoder(learnt)
+    for code in [*range(0x3000), *range(0xFE00, 0x10000)]:
+        text = f"a {chr(code)}b1{chr(code)}\n {chr(code)} \n  x\n'{chr(code)}s"
+        assert fast.encode(text) == learnt.encode(text)
+
+
+def test_a_tokenizer_of_another_rule_is_used_as_it_is() -> None:
+    texts = [Path(textwrap.__file__).read_text("utf-8")]
+    other = Tokenizer.train(texts, 500, pattern=GPT2_PATTERN)
+    assert FastEncoder(other).encode_batch(texts) == other.encode_batch(texts)
+    assert not FastEncoder(other)

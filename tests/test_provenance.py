@@ -5,14 +5,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from albor.artifacts import write_json
+from albor.artifacts import digest, write_json
 from albor.corpus import Corpus, build_corpus
 from albor.data import prepare
 from albor.provenance import ProvenanceError, by_distribution, record, verify
@@ -30,7 +31,7 @@ def plant(folder: Path) -> Path:
         ("c", 3, BARE),
     ):
         for number in range(count):
-            place = folder / package / f"file{number}.py"
+            place = folder / package / f"filé{number}.py"
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(
                 text.replace("NAME", f"{package}_{number}") * (number + 1)
@@ -87,9 +88,7 @@ def test_a_script_of_its_own_agrees(made: Made) -> None:
     stored = json.loads((work / "p.json").read_bytes())
 
     def sha(value: Any) -> str:
-        text = json.dumps(
-            value, ensure_ascii=False, separators=(",", ":"), sort_keys=True
-        )
+        text = json.dumps(value, separators=(",", ":"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     assert (
@@ -106,9 +105,9 @@ def test_a_script_of_its_own_agrees(made: Made) -> None:
     for shard in stored["shards"]:
         ids = np.fromfile(folder / f"{shard['name']}.bin", "<u2")
         assert len(ids) == shard["tokens"]
-        for suffix, digest in shard["sha256"].items():
+        for suffix, value in shard["sha256"].items():
             data = (folder / f"{shard['name']}.{suffix}").read_bytes()
-            assert hashlib.sha256(data).hexdigest() == digest
+            assert hashlib.sha256(data).hexdigest() == value
     saved = work / "tokenizer"
     made[2].save(saved)
     data = (saved / "tokenizer.json").read_bytes()
@@ -118,9 +117,9 @@ def test_a_script_of_its_own_agrees(made: Made) -> None:
 def test_what_is_untouched_verifies_in_every_form(made: Made) -> None:
     work, corpus, tokenizer, folder, found = made
     write_json(work / "record.json", found)
-    write_json(
-        work / "run.json", {"corpus": {"digest": corpus.digest, "record": found}}
-    )
+    about = {"digest": corpus.digest, "report": corpus.report, "record": found}
+    run = {"tokenizer": tokenizer.digest, "data": folder.name, "seed": 3}
+    write_json(work / "run.json", {**run, "corpus": about})
     tokenizer.save(work / "t")
     for form in (found, work / "record.json", str(work / "run.json")):
         given = {"corpus": corpus, "tokenizer": work / "t", "data": folder}
@@ -149,7 +148,7 @@ def change(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
         (["files", 0, "tokens"], 1, "digest of the record"),
         (["shards", 0, "tokens"], 1, "digest of the record"),
         (["tools", "numpy"], "0.1", "digest of the record"),
-        (["format"], 99, "format: recorded 1, found 99"),
+        (["format"], 99, "format: recorded 2, found 99"),
         (["files"], None, "digest of the record"),
     ],
 )
@@ -186,7 +185,7 @@ def test_the_first_difference_of_a_corpus_is_named(
 
     trained = next(row for row in found["files"] if row["split"] == "train")["path"]
     said = now(lambda tree: (tree / trained).write_text(BARE.replace("NAME", "x")))
-    assert said.startswith(f"{trained} (train), SHA-256: recorded ")
+    assert said.startswith(f"{trained} (train), bytes: recorded ")
     said = now(lambda tree: (tree / trained).unlink())
     assert said == f"{trained} (train): recorded, and not in the corpus now"
     more = str(Path(trained).with_name("more.py"))
@@ -207,14 +206,14 @@ def test_the_first_difference_of_shards_is_named(
         with pytest.raises(ProvenanceError, match=rf"{name}, SHA-256: recorded"):
             verify(found, data=copied)
         (copied / name).unlink()
-        with pytest.raises(ProvenanceError, match=rf"{name}, .* found no file"):
+        with pytest.raises(ProvenanceError, match=rf"{name}.*no file"):
             verify(found, data=copied)
         (copied / name).write_bytes(kept)
     copied.rename(tmp_path / "renamed")
-    with pytest.raises(ProvenanceError, match=r"name of the data folder"):
+    with pytest.raises(ProvenanceError, match=r"digest of the inputs"):
         verify(found, data=tmp_path / "renamed")
     other = Tokenizer.train([one.text for one in corpus.val], vocab_size=280)
-    with pytest.raises(ProvenanceError, match=r"tokenizer: recorded"):
+    with pytest.raises(ProvenanceError, match=r"tokenizer, digest: recorded"):
         verify(found, tokenizer=other)
 
 
@@ -240,3 +239,209 @@ def test_owners_and_licences_stand_with_their_files(tmp_path: Path) -> None:
     assert "MIT" in owners["yaml"]["licence"] and owners["yaml"]["version"]
     assert owners["json"]["licence"] == "PSF-2.0"
     assert str(tmp_path) not in json.dumps(found)
+
+
+def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every single value of a JSON value, empty ones included."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in parts:
+        if isinstance(part, dict | list) and part:
+            yield from places(part, (*way, key))
+        else:
+            yield (*way, key)
+
+
+def other(value: Any) -> Any:
+    if isinstance(value, bool) or value is None:
+        return 7
+    return (
+        f"{value}x"
+        if isinstance(value, str)
+        else [*value, 1]
+        if isinstance(value, list)
+        else {"x": 1}
+        if isinstance(value, dict)
+        else value + 1
+    )
+
+
+def sealed(found: dict[str, Any]) -> dict[str, Any]:
+    """With its own digest computed again, as a careful forger would."""
+    content = {key: found[key] for key in found if key != "digest"}
+    return {**content, "digest": digest(content)}
+
+
+def test_every_single_value_of_a_record_is_guarded(made: Made) -> None:
+    _, corpus, tokenizer, folder, found = made
+    given = {"corpus": corpus, "tokenizer": tokenizer, "data": folder}
+    ways = [way for way in places(found)]
+    assert len(ways) > 200
+    free = {("corpus", "report", "spec")}
+    for way in ways:
+        forged = copy.deepcopy(found)
+        inner = forged
+        for key in way[:-1]:
+            inner = inner[key]
+        change(list(way), other(inner[way[-1]]))(forged)
+        with pytest.raises(ProvenanceError):
+            verify(forged)
+        if way[0] in ("tools", "digest") or way in free:
+            continue  # nothing is at hand to compare these with
+        with pytest.raises(ProvenanceError):
+            verify(sealed(forged), **given)
+
+
+@pytest.mark.parametrize("what", ["files", "shards"])
+@pytest.mark.parametrize("how", ["drop", "double", "swap"])
+def test_rows_and_shards_that_are_moved(made: Made, what: str, how: str) -> None:
+    _, corpus, tokenizer, folder, found = made
+    forged = copy.deepcopy(found)
+    rows = forged[what]
+    if how == "drop":
+        rows.pop()
+    elif how == "double":
+        rows.append(rows[-1])
+    else:
+        rows[0], rows[1] = rows[1], rows[0]
+    with pytest.raises(ProvenanceError):
+        verify(sealed(forged), corpus=corpus, tokenizer=tokenizer, data=folder)
+
+
+def test_a_record_that_contradicts_itself_needs_no_witness(made: Made) -> None:
+    """Sealed again, and found with nothing else at hand."""
+    for way, value, message in (
+        (
+            ["files", 0, "licence"],
+            "MIT",
+            r"licence: recorded MIT, found not stated",
+        ),
+        (["files", 0, "version"], "9", r"version: recorded 9"),
+        (["files", 0, "copies"], 2, r"copies: recorded 2"),
+        (["files", 0, "bytes"], 1, r"report, train, bytes"),
+        (["data", "inputs", "corpus"], "0", r"name of the data folder"),
+        (["tokenizer", "digest"], "0", r"tokenizer of the shards"),
+        (["tokenizer", "vocab_size"], 5, r"vocab_size of the shards"),
+        (["shards", 0, "documents"], 1, r"documents in the shards of train"),
+        (["corpus", "report", "splits", "val", "files"], 1, r"report, val, files"),
+    ):
+        forged = copy.deepcopy(made[4])
+        change(way, value)(forged)
+        with pytest.raises(ProvenanceError, match=message):
+            verify(sealed(forged))
+
+
+def test_a_run_says_the_same_as_its_record(made: Made) -> None:
+    _, corpus, tokenizer, folder, found = made
+    about = {"digest": corpus.digest, "report": corpus.report, "record": found}
+    run = {"tokenizer": tokenizer.digest, "data": folder.name, "corpus": about}
+    verify(run)
+    for way in (
+        ["tokenizer"],
+        ["data"],
+        ["corpus", "digest"],
+        ["corpus", "report", "seed"],
+    ):
+        forged = json.loads(json.dumps(run))  # the two reports are not one
+        change(way, "0")(forged)
+        with pytest.raises(ProvenanceError, match=f"run.*{way[-1]}: recorded 0"):
+            verify(forged)
+
+
+def test_every_single_value_of_a_folder_is_guarded(
+    made: Made, tmp_path: Path
+) -> None:
+    """meta.json and the record beside a shard, value by value."""
+    found, copied = made[4], tmp_path / made[3].name
+    shutil.copytree(made[3], copied)
+    for name in ("meta.json", "train-00000.json", "val-00000.json"):
+        kept = (copied / name).read_bytes()
+        value = json.loads(kept)
+        for way in places(value):
+            forged = json.loads(kept)
+            inner = forged
+            for key in way[:-1]:
+                inner = inner[key]
+            change(list(way), other(inner[way[-1]]))(forged)
+            write_json(copied / name, forged)
+            with pytest.raises(ProvenanceError):
+                verify(found, data=copied)
+            with pytest.raises(ProvenanceError):
+                record(made[1], made[2], copied)
+        for rubbish in (b"", b"[]", b"{}", b"\xff", b"{" + kept, kept + b"\n"):
+            (copied / name).write_bytes(rubbish)
+            with pytest.raises(ProvenanceError):
+                verify(found, data=copied)
+        (copied / name).unlink()
+        with pytest.raises(ProvenanceError):
+            verify(found, data=copied)
+        (copied / name).write_bytes(kept)
+    verify(found, data=copied)
+
+
+def test_files_that_come_or_go(made: Made, tmp_path: Path) -> None:
+    found, copied = made[4], tmp_path / made[3].name
+    shutil.copytree(made[3], copied)
+    for name in ("train-00001.bin", "train-7.json", "notes.txt", "extra"):
+        (copied / name).write_bytes(b"12")
+        with pytest.raises(ProvenanceError, match=f"{name}: in the data folder"):
+            verify(found, data=copied)
+        (copied / name).unlink()
+    (copied / "more").mkdir()
+    with pytest.raises(ProvenanceError, match="more: in the data folder"):
+        verify(found, data=copied)
+    (copied / "more").rmdir()
+    (copied / ".leftover.tmp").touch()  # of a writer that was killed
+    assert verify(found, data=copied)["shards"] == len(found["shards"])
+
+
+def test_a_whole_folder_of_another_corpus(made: Made, tmp_path: Path) -> None:
+    """Everything about it is true, but it is another's."""
+    work, corpus, tokenizer, folder, found = made
+    tree = plant(tmp_path / "tree")
+    (tree / "bare" / "more.py").write_text(BARE.replace("NAME", "more"))
+    grown = build_corpus(str(tree))
+    how = {"upsample": 3, "fim_rate": 0.5, "row_tokens": 33}
+    theirs = prepare(grown, tokenizer, tmp_path / "data", **how)
+    letters = Tokenizer.train([one.text for one in corpus.val], vocab_size=290)
+    with pytest.raises(ProvenanceError, match="name of the data folder"):
+        verify(found, data=theirs)
+    for three, message in (
+        ((corpus, tokenizer, theirs), "corpus of the shards"),
+        ((grown, tokenizer, folder), "corpus of the shards"),
+        ((corpus, letters, folder), "tokenizer of the shards"),
+        ((corpus, tokenizer, work), "meta.json is missing"),
+        ((corpus, tokenizer, work / "nowhere"), "meta.json is missing"),
+        (
+            (replace(corpus, digest="0" * 64), tokenizer, folder),
+            "digest of the corp",
+        ),
+        (
+            (replace(corpus, val=grown.val[:1]), tokenizer, folder),
+            "digest of the c",
+        ),
+    ):
+        with pytest.raises(ProvenanceError, match=message):
+            record(*three)
+    verify(record(grown, tokenizer, theirs), corpus=grown, data=theirs)
+
+
+def test_a_text_that_changed_under_a_corpus(made: Made, tmp_path: Path) -> None:
+    """The corpus at hand is an old one: its texts are read again all the same."""
+    corpus = build_corpus(str(plant(tmp_path / "tree")))
+    assert corpus.digest == made[1].digest
+    verify(made[4], corpus=corpus)
+    file = tmp_path / "tree" / corpus.val[0].path
+    for act in (lambda: file.write_text(TEXT), file.unlink):
+        act()
+        with pytest.raises(ProvenanceError, match=corpus.val[0].path):
+            verify(made[4], corpus=corpus)
+        with pytest.raises(ProvenanceError, match=corpus.val[0].path):
+            record(corpus, made[2], made[3])
+
+
+def test_settings_of_a_corpus_built_again(made: Made, tmp_path: Path) -> None:
+    """The same files, asked for in another way: the claim is not the same."""
+    again = build_corpus(str(plant(tmp_path / "tree")), benchmarks=["a b c d e f"])
+    assert again.digest == made[1].digest
+    with pytest.raises(ProvenanceError, match="report, benchmarks, "):
+        verify(made[4], corpus=again)
