@@ -1,9 +1,13 @@
 """What the tests share; the notebooks run in processes of their own."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton asks once, when anything imports it
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")
