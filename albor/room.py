@@ -1,27 +1,19 @@
 # Generated from book/room.md: edit the chapter, not this file.
-"""The child's side of the sandbox: a closed room, and a judge inside it.
+"""The child's side of the sandbox: a closed room, and those who guard it.
 
 Notable:
 - Namespaces give the program a root folder that holds Python and an empty /tmp; no
-  network, no /proc, no process but its own.
-- Test and verdict arrive in shared memory after the program's body has run. Only
-  the interpreter's stack knows where, and no Python code can look there.
+  network, no /proc, no process but its own. Limits make the rest scarce.
+- A broken lifeline, or the end of process 1, ends all.
 - Only the source of these functions travels to the child, so each one imports what
   it needs. `albor.sandbox` starts them, and lists what is covered and what is not.
 """
 
 from typing import Any
 
-__all__ = [
-    "below",
-    "confine",
-    "furnish",
-    "init",
-    "judge",
-    "libc",
-    "supervise",
-    "sweep",
-]
+from albor.verdict import judge
+
+__all__ = ["below", "confine", "furnish", "init", "libc", "supervise", "sweep"]
 
 
 def libc(name: str, *arguments: Any) -> None:
@@ -32,95 +24,6 @@ def libc(name: str, *arguments: Any) -> None:
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
-
-
-def judge(program: str, verdict: int, secret: int) -> None:
-    """In the worker: the program, then its test, then the nonce. Does not return.
-
-    `verdict` is a socket to the parent, `secret` a file: 4096 bytes that begin with
-    the nonce, then the test. Both are zero until the program's body has run.
-    """
-    import builtins
-    import os
-    import sys
-    from mmap import ACCESS_READ, mmap
-
-    def guard(event: str, arguments: object) -> None:
-        # A tracer could jump over asserts, and gc would find the maps.
-        if event in {
-            "gc.get_objects",
-            "gc.get_referents",
-            "gc.get_referrers",
-            "sys.addaudithook",
-            "sys.monitoring.register_callback",
-            "sys.setprofile",
-            "sys.settrace",
-        }:
-            raise RuntimeError(f"{event} is closed in the sandbox")
-
-    execute, translate, everything = exec, compile, vars(builtins)
-    read, write, close, end = os.read, os.write, os.closerange, os._exit
-    pid, getpid = os.getpid(), os.getpid
-    module = sys.modules["program"] = type(sys)("program")
-    space = module.__dict__
-    sys.addaudithook(guard)
-    write(verdict, b"R")  # ready: from here on the clock runs
-    try:
-        write(  # 5. the nonce
-            verdict,
-            mmap(secret, 32, access=ACCESS_READ).read(
-                execute(  # 4. the test
-                    translate(
-                        mmap(secret, 0, access=ACCESS_READ, offset=4096).read(
-                            read(  # waits for the parent's b"go"
-                                verdict,
-                                write(  # 3. asks for the test: two bytes
-                                    verdict,
-                                    (
-                                        b"ok",
-                                        close(3, verdict),
-                                        close(verdict + 1, 65536),
-                                        everything.update(
-                                            (
-                                                everything.copy(),
-                                                execute(  # 2. the program
-                                                    translate(
-                                                        program, "<program>", "exec"
-                                                    ),
-                                                    space,
-                                                ),
-                                            )[0]
-                                        ),
-                                        space.update(__builtins__=everything),
-                                        getpid() == pid or end(0),  # a fork of it
-                                    )[0],
-                                ),
-                            )
-                            and None  # read all
-                        ),
-                        "<test>",
-                        "exec",
-                    ),
-                    space,
-                )
-            ),
-        )
-    except BaseException as error:
-        try:
-            if isinstance(error, MemoryError):
-                space.clear()  # room to say so
-            line, at = 0, error.__traceback__
-            while at:
-                if at.tb_frame.f_code.co_filename == "<test>":
-                    line = at.tb_lineno
-                at = at.tb_next
-            text = str(error).strip().split("\n")[0][:500].replace("\0", "?")
-            told = f"\0{type(error).__name__}\0{line}\0{text}"
-            if getpid() == pid:
-                write(verdict, told.encode("utf-8", "replace"))
-        finally:
-            end(1)
-    end(0)
 
 
 def furnish(megabytes: int) -> None:

@@ -24,13 +24,10 @@ import inspect
 import marshal
 import os
 import secrets
-import select
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,18 +35,17 @@ from pathlib import Path
 from typing import Any
 
 from albor import room
+from albor.verdict import Conversation, judge, killed_for_memory
 
 __all__ = [
     "NAMESPACES",
     "START",
     "TRAVELLERS",
-    "Conversation",
     "Result",
     "SandboxError",
     "anonymous_file",
     "child_code",
     "held",
-    "killed_for_memory",
     "layers",
     "obstacle",
     "own_tasks",
@@ -91,7 +87,7 @@ START = (
     "import marshal\njob = open(0, 'rb', closefd=False)\nexec(marshal.load(job))"
 )
 TRAVELLERS = (
-    room.libc, room.judge, room.furnish, room.confine,
+    room.libc, judge, room.furnish, room.confine,
     room.init, room.below, room.sweep, room.supervise,
 )  # fmt: skip
 
@@ -114,15 +110,6 @@ def held(pid: int) -> int:
                 if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                     total += int(line.split()[1]) * 1024
     return total
-
-
-def killed_for_memory() -> int:
-    """How often the system has killed a process for lack of memory."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
 
 
 def own_tasks() -> int:
@@ -159,124 +146,6 @@ def layers(without: Iterable[str] = ()) -> tuple[str, ...]:
         names += ["no new privileges", "memory of the tree"]
     names += [] if "limits" in off else ["limits"]
     return (*names, "process group", "deadline", "output limit")
-
-
-class Conversation:
-    """What the parent hears from one child, until it passed, ended or must end."""
-
-    def __init__(
-        self,
-        verdict: socket.socket,
-        lifeline: socket.socket,
-        output: int,
-        secret: int,
-        test: bytes,
-        nonce: bytes,
-    ) -> None:
-        self.verdict, self.lifeline, self.output = verdict, lifeline, output
-        self.secret, self.test, self.nonce = secret, test, nonce
-        self.heard, self.printed = b"", b""
-        self.told = self.stopped = ""
-        self.seconds, self.size = 0.0, 0
-
-    def hold(self, pid: int, timeout: float, most: int, memory: int) -> None:
-        """Listen, for `timeout` seconds from the worker's first byte."""
-        poll = select.poll()
-        for end in (self.verdict, self.lifeline, self.output):
-            poll.register(end, select.POLLIN)
-        began, asked, alive = time.monotonic(), False, True
-        deadline, look = began + 60, began + 0.1
-        while alive and not self.stopped and self.nonce not in self.heard:
-            wait = max(0.0, min(deadline, look) - time.monotonic())
-            for number, _ in poll.poll(1000 * wait + 1):
-                try:
-                    piece = os.read(number, 65536)
-                except ConnectionError:
-                    piece = b""
-                if not piece:
-                    poll.unregister(number)
-                if number == self.output:
-                    self.note(piece, most)
-                elif number == self.lifeline.fileno():
-                    self.told += piece.decode()
-                    alive = False
-                else:
-                    if not self.heard:
-                        began = time.monotonic()
-                        deadline = began + timeout
-                    self.heard += piece
-            if len(self.heard) > 1 and not asked:
-                asked = True
-                os.pwrite(self.secret, self.test, 4096)
-                os.pwrite(self.secret, self.nonce, 0)
-                with contextlib.suppress(OSError):
-                    self.verdict.send(b"go")
-            if len(self.heard) > most:
-                self.stopped = "output limit"
-            now = time.monotonic()
-            if now > look:
-                look = now + 0.1
-                if held(pid) > memory:
-                    self.stopped = "out of memory"
-            if now > deadline:
-                self.stopped = self.stopped or "timed out"
-        self.seconds = time.monotonic() - began
-
-    def note(self, piece: bytes, most: int) -> None:
-        """Count what was printed, keep its end."""
-        self.size += len(piece)
-        self.printed = (self.printed + piece)[-10_000:]
-        if self.size > most:
-            self.stopped = "output limit"
-
-    def drain(self, most: int) -> None:
-        """Read what the dead left in the pipes."""
-        os.set_blocking(self.output, False)
-        self.verdict.setblocking(False)
-        with contextlib.suppress(OSError):
-            while piece := os.read(self.output, 65536):
-                self.note(piece, most)
-        with contextlib.suppress(OSError):
-            while len(self.heard) <= most and (piece := self.verdict.recv(65536)):
-                self.heard += piece
-
-    def last_line(self) -> str:
-        """Of what was printed."""
-        lines = self.printed.decode("utf-8", "replace").split("\n")
-        return next((line for line in reversed(lines) if line.strip()), "")
-
-    def outcome(
-        self, timeout: float, test: str, starved: bool, output_kb: int
-    ) -> tuple[str, str]:
-        """Status and detail."""
-        if self.stopped == "output limit":
-            return self.stopped, f"more than {output_kb} kB of output"
-        if self.nonce in self.heard:
-            return "passed", ""
-        if self.stopped == "timed out":
-            return self.stopped, f"after {timeout:g} s"
-        if self.stopped:
-            return self.stopped, "the processes together held too much"
-        status = int(self.told) if self.told.isdigit() else signal.SIGKILL
-        if os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
-            if number == signal.SIGXCPU:
-                return "timed out", "processor time"
-            if number == signal.SIGKILL and starved:
-                return "out of memory", "killed by the system"
-            with contextlib.suppress(ValueError):
-                return "crashed", signal.Signals(number).name
-            return "crashed", f"signal {number}"
-        parts = self.heard.decode("utf-8", "replace").split("\0")[-3:]
-        if len(parts) < 3:
-            code = os.WEXITSTATUS(status)
-            return "failed", f"exited with code {code} before the test was done"
-        name, line, text = parts
-        detail = f"{name}: {text}" if text else name
-        rows = test.split("\n")
-        if line.isdigit() and 0 < int(line) <= len(rows):
-            detail += f" (test, line {line}: {rows[int(line) - 1].strip()})"
-        return ("out of memory" if name == "MemoryError" else "failed"), detail
 
 
 def anonymous_file(content: bytes = b"") -> int:
@@ -393,9 +262,10 @@ def _run(
         for number in (writer, stdin):
             os.close(number)
         nonce = secrets.token_hex(16).encode()
-        talk = Conversation(mine, lifeline, output, secret, text, nonce)
+        used = functools.partial(held, process.pid)
+        talk = Conversation(mine, lifeline, output, secret, text, nonce, used)
         try:
-            talk.hold(process.pid, timeout, output_kb << 10, memory_mb << 20)
+            talk.hold(timeout, output_kb << 10, memory_mb << 20)
         finally:
             lifeline.close()  # whatever happened, this ends them all
             process.wait()
