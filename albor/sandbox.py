@@ -216,7 +216,7 @@ def _run(
     uid, on_linux = os.getuid(), sys.platform == "linux"
     spaces = [name for name in NAMESPACES if name not in without]
     flags = sum(NAMESPACES[name] for name in spaces)
-    folder = "" if "mount" in spaces else tempfile.mkdtemp(prefix="albor-")
+    folder = "" if "mount" in spaces else tempfile.mkdtemp(prefix="albor-sandbox-")
     stranger = 0 if uid else 0x70000000 + secrets.randbelow(0x0FFFFFFF)
     if folder and stranger:
         os.chmod(folder, 0o777)
