@@ -9,11 +9,25 @@ Notable:
   it needs. `albor.sandbox` starts them, and lists what is covered and what is not.
 """
 
+import contextlib
+import os
+import secrets
+from pathlib import Path
 from typing import Any
 
 from albor.verdict import judge
 
-__all__ = ["below", "confine", "furnish", "init", "libc", "supervise", "sweep"]
+__all__ = [
+    "below",
+    "confine",
+    "furnish",
+    "init",
+    "libc",
+    "own_tasks",
+    "stranger",
+    "supervise",
+    "sweep",
+]
 
 
 def libc(name: str, *arguments: Any) -> None:
@@ -111,6 +125,29 @@ def confine(job: dict[str, Any]) -> None:
         libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
 
 
+def stranger() -> int:
+    """The number of a user that nobody is, where we may become one; else 0."""
+    if os.getuid():
+        return 0
+    many = 2**32 - 1
+    with contextlib.suppress(OSError):
+        if Path("/proc/self/setgroups").read_text().strip() == "deny":
+            return 0
+        rows = Path("/proc/self/uid_map").read_text().splitlines()
+        many = max(sum(map(int, row.split()[::2])) for row in rows)
+    return many // 2 + secrets.randbelow(many // 4) if many > 4 else 0
+
+
+def own_tasks() -> int:
+    """Threads that this user runs: limits on processes count them all."""
+    count = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if process.stat().st_uid == os.getuid():
+                count += len(os.listdir(process / "task"))
+    return count or 2000
+
+
 def init(job: dict[str, Any]) -> None:
     """Process 1 of the room: start the worker, wait for its end, report it."""
     import os
@@ -145,15 +182,15 @@ def below(pid: int) -> list[int]:
     """The processes that descend from one, as far as /proc knows."""
     import os
 
-    found: list[int] = []
-    try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{thread}/children") as file:
-                for child in map(int, file.read().split()):
-                    found += [child, *below(child)]
-    except OSError:  # it is gone
-        pass
-    return found
+    family = [pid]
+    for one in family:  # grows as we go: a chain of forks may be deep
+        try:
+            for thread in os.listdir(f"/proc/{one}/task"):
+                with open(f"/proc/{one}/task/{thread}/children") as file:
+                    family += map(int, file.read().split())
+        except OSError:  # it is gone
+            continue
+    return family[1:]
 
 
 def sweep() -> None:
@@ -166,7 +203,7 @@ def sweep() -> None:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
-                pass
+                continue
 
     while True:
         seen: set[int] = set()
@@ -176,6 +213,8 @@ def sweep() -> None:
         send(seen, signal.SIGKILL)
         try:
             os.waitpid(-1, 0)
+            while os.waitpid(-1, os.WNOHANG)[0]:  # all that are dead, in one go
+                pass
         except ChildProcessError:
             return
 

@@ -48,7 +48,6 @@ __all__ = [
     "held",
     "layers",
     "obstacle",
-    "own_tasks",
     "run",
     "run_all",
 ]
@@ -96,7 +95,7 @@ TRAVELLERS = (
 def child_code() -> bytes:
     """The room's functions, compiled: what the child runs."""
     source = "from __future__ import annotations\n"
-    source += "\n".join(map(inspect.getsource, TRAVELLERS))
+    source += "\n".join(inspect.getsource(one) for one in TRAVELLERS)
     source += "\nsupervise(marshal.load(job))\n"
     return marshal.dumps(compile(source, "<sandbox>", "exec"))
 
@@ -110,16 +109,6 @@ def held(pid: int) -> int:
                 if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                     total += int(line.split()[1]) * 1024
     return total
-
-
-def own_tasks() -> int:
-    """Threads that this user runs: limits on processes count them all."""
-    count = 0
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if process.stat().st_uid == os.getuid():
-                count += len(os.listdir(process / "task"))
-    return count or 2000
 
 
 @functools.cache
@@ -138,7 +127,7 @@ def layers(without: Iterable[str] = ()) -> tuple[str, ...]:
     """The protections that a run would have on this system, strongest first."""
     off = set(without) | (set(NAMESPACES) if obstacle() else set())
     names = [f"{name} namespace" for name in NAMESPACES if name not in off]
-    if os.getuid() == 0:
+    if room.stranger():
         names.append("another user")
     elif names:
         names.append("user namespace")
@@ -182,6 +171,11 @@ def run(
     """
     if sys.platform == "win32":
         raise SandboxError("Windows cannot isolate a program: run this under WSL")
+    if os.getuid() == 0 and not room.stranger():
+        raise SandboxError(
+            "root cannot become another user here, and limits on processes do not "
+            "bind root, so a fork bomb would take the machine: run as another user"
+        )
     if not timeout > 0:
         raise ValueError(f"timeout is {timeout}: give seconds above 0")
     off = frozenset(without)
@@ -217,10 +211,10 @@ def _run(
     spaces = [name for name in NAMESPACES if name not in without]
     flags = sum(NAMESPACES[name] for name in spaces)
     folder = "" if "mount" in spaces else tempfile.mkdtemp(prefix="albor-sandbox-")
-    stranger = 0 if uid else 0x70000000 + secrets.randbelow(0x0FFFFFFF)
+    stranger = room.stranger()
     if folder and stranger:
         os.chmod(folder, 0o777)
-    tasks = processes + (0 if stranger or spaces else own_tasks())
+    tasks = processes + (0 if stranger or spaces else room.own_tasks())
     limits = {
         "AS": memory_mb << 20, "CPU": int(timeout) + 2, "NPROC": tasks,
         "NOFILE": 64, "FSIZE": disk_mb << 20, "CORE": 0,

@@ -82,7 +82,7 @@ def judge(program: str, verdict: int, secret: int) -> None:
                                     )[0],
                                 ),
                             )
-                            and None  # read all
+                            and None  # type: ignore[arg-type]  # read all
                         ),
                         "<test>",
                         "exec",

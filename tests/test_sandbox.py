@@ -269,6 +269,10 @@ def test_bad_arguments_and_other_systems(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(SandboxError, match="not permitted"):
         run(RIGHT, TEST)
     assert not any("namespace" in layer for layer in layers())
+    monkeypatch.setattr("albor.room.stranger", lambda: 0)
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    with pytest.raises(SandboxError, match="fork bomb"):
+        run(RIGHT, TEST, allow_unisolated=True)
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SandboxError, match="WSL"):
         run(RIGHT, TEST)
