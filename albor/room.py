@@ -44,14 +44,8 @@ def furnish(megabytes: int) -> None:
     """In init: a root folder with Python, read-only, and an empty /tmp."""
     import os
 
-    READ_ONLY, NO_SUID, REMOUNT, BIND, DEEP, PRIVATE = (
-        1,
-        2,
-        32,
-        4096,
-        16384,
-        1 << 18,
-    )
+    READ_ONLY, NO_SUID, REMOUNT, BIND = 1, 2, 32, 4096
+    DEEP, PRIVATE = 16384, 1 << 18
     bare = NO_SUID | 4  # nor devices
 
     def mount(source: str, target: str, kind: str, flags: int, data: str) -> None:
@@ -220,7 +214,7 @@ def sweep() -> None:
 
 
 def supervise(job: dict[str, Any]) -> None:
-    """Enter the namespaces, start init, and when the lifeline breaks, end it all."""
+    """Enter the namespaces, start init; when the lifeline breaks, end it all."""
     import os
     import select
     import signal

@@ -82,9 +82,8 @@ NAMESPACES = {  # flags of unshare(2); the mount namespace is entered by init
     "processes": 0x20000000,
     "ipc": 0x08000000 | 0x04000000,
 }
-START = (
-    "import marshal\njob = open(0, 'rb', closefd=False)\nexec(marshal.load(job))"
-)
+START = "import marshal\njob = open(0, 'rb', closefd=False)\n"
+START += "exec(marshal.load(job))"
 TRAVELLERS = (
     room.libc, judge, room.furnish, room.confine,
     room.init, room.below, room.sweep, room.supervise,
@@ -184,9 +183,9 @@ def run(
     why = obstacle() or ", ".join(sorted(off & {"mount", "network"}))
     if why and not allow_unisolated:
         raise SandboxError(
-            f"programs would not be isolated here ({why}): run as root or where user "
-            "namespaces are allowed, or accept with allow_unisolated=True that they "
-            "can read your files and reach the network"
+            f"programs would not be isolated here ({why}): run as root or where "
+            "user namespaces are allowed, or accept with allow_unisolated=True that "
+            "they can read your files and reach the network"
         )
     if obstacle():
         off |= set(NAMESPACES)
@@ -237,16 +236,14 @@ def _run(
     }  # fmt: skip
     home = folder or "/tmp"
     environment = {"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home}
-    environment |= {
-        "LANG": "C.UTF-8",
-        "PYTHONHASHSEED": "0",
-        "MALLOC_ARENA_MAX": "1",
-    }
+    environment |= {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+    environment |= {"MALLOC_ARENA_MAX": "1"}
     stdin = anonymous_file(child_code() + marshal.dumps(job))
+    python = getattr(sys, "_base_executable", sys.executable)
     kills = killed_for_memory()
     try:
         process = subprocess.Popen(
-            [getattr(sys, "_base_executable", sys.executable), "-sSPB", "-c", START],
+            [python, "-sSPB", "-c", START],
             stdin=stdin, stdout=writer, stderr=writer, cwd="/", env=environment,
             pass_fds=(verdict.fileno(), secret, theirs.fileno()),
             start_new_session=True,

@@ -37,9 +37,12 @@ def main() -> None:
     with gzip.open(given.problems, "rt", encoding="utf-8") as file:
         problems = [json.loads(line) for line in file]
     jobs = [
-        (one["prompt"] + one["canonical_solution"], f"{one['test']}\ncheck({one['entry_point']})")
+        (
+            one["prompt"] + one["canonical_solution"],
+            f"{one['test']}\ncheck({one['entry_point']})",
+        )
         for one in problems
-    ]  # fmt: skip
+    ]
     took: dict[str, list[float]] = {"sandbox": [], "official": []}
     passed = {}
     for _ in range(given.rounds):
