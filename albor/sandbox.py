@@ -184,7 +184,7 @@ def run(
     if why and not allow_unisolated:
         raise SandboxError(
             f"programs would not be isolated here ({why}): run as root or where "
-            "user namespaces are allowed, or accept with allow_unisolated=True that "
+            "user namespaces are allowed, or accept by allow_unisolated=True that "
             "they can read your files and reach the network"
         )
     if obstacle():
