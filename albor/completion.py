@@ -120,9 +120,7 @@ def check_texts(model: Albor, tokenizer: Tokenizer, stop: Sequence[str]) -> None
         raise GenerateError(f"stop is one str; give a list of texts: [{stop!r}]")
     for place, one in enumerate(stop):
         if not isinstance(one, str) or not one:
-            raise GenerateError(
-                f"stop[{place}] is {one!r}, not a text of any length"
-            )
+            raise GenerateError(f"stop[{place}] is {one!r}, not a piece of text")
 
 
 def written(
@@ -224,8 +222,8 @@ def stream(
 ) -> Iterator[str]:
     """The completion of one text in pieces, each given as soon as it is certain.
 
-    Joined, the pieces are the text of `complete_batch`. None is empty, and none ends
-    within a character. `options` are those of `complete_batch`.
+    Joined, the pieces are the text of `complete_batch`. None is empty, and none
+    ends within a character. `options` are those of `complete_batch`.
     """
     prompt = [EOS, *tokenizer.encode(text)]
     options |= {"max_new_tokens": max_new_tokens, "rows": [row]}
@@ -266,8 +264,8 @@ def completer(
 ) -> Callable[[str], str]:
     """A function that fills the place of `mark` in a text, or goes on at its end.
 
-    In IPython, or with a `shell` given, it is also the cell magic `%%complete`, which
-    puts the result in place of the cell. `options` are those of `complete_batch`.
+    In IPython, or with a `shell` given, it is also the cell magic `%%complete`,
+    which puts the result in place of the cell. `options` are those of `complete_batch`.
     """
 
     def fill(code: str) -> str:

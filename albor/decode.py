@@ -28,7 +28,7 @@ from albor.model import Albor
 from albor.sampling import Sampling, choose
 from albor.tokenizer import EOS
 
-__all__ = ["GREEDY", "New", "Slots", "decode", "never", "product"]
+__all__ = ["GREEDY", "JOINED", "New", "Slots", "decode", "never", "product"]
 
 
 def product(weights: Sequence[Tensor], rows: int) -> Callable[[Tensor], Tensor]:
@@ -51,6 +51,14 @@ def product(weights: Sequence[Tensor], rows: int) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
 
 
+JOINED = (  # of each block: products of one input
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
 class Slots:
     """Room for `count` texts of up to `length` tokens, and the step over them.
 
@@ -71,21 +79,22 @@ class Slots:
         self.keys, self.values = self.table.new_zeros(2, *shape)  # (L, B, K, S, Dh)
         self.places = torch.arange(max(count, length), device=self.table.device)
         self.layers = []
-        for block in decoder.layers:
-            a, m = block.self_attn, block.mlp
-            joined = (
-                (a.q_proj, a.k_proj, a.v_proj),
-                (a.o_proj,),
-                (m.gate_proj, m.up_proj),
-                (m.down_proj,),
-            )
-            weights = ([part.weight.detach() for part in some] for some in joined)
-            self.layers.append([product(some, count) for some in weights])
+        for layer in range(c.num_hidden_layers):
+
+            def weight(name: str, layer: int = layer) -> Tensor:
+                name = f"layers.{layer}.{name}.weight"
+                return decoder.get_parameter(name).detach()
+
+            joined = [[weight(name) for name in names] for names in JOINED]
+            norms = weight("input_layernorm"), weight("post_attention_layernorm")
+            self.layers.append((norms, [product(some, count) for some in joined]))
         self.head = product([self.table], count)
         self.last: tuple[list[int], list[KVCache], Tensor] | None = None
         cuda = self.table.device.type == "cuda"
         self.fixed = compiled or cuda  # compilers and graphs want one shape
-        self.run = torch.compile(self.forward) if compiled else self.forward
+        self.run: Callable[[Tensor, Tensor, int], Tensor] = self.forward
+        if compiled:
+            self.run = torch.compile(self.forward)
         if cuda:
             self.run = self.captured()
 
@@ -110,7 +119,7 @@ class Slots:
             buffer[:, target] = buffer[:, source]
 
     def forward(self, ids: Tensor, at: Tensor, end: int) -> Tensor:
-        """Logits (B, V) after tokens ids (B,), each at its own place at (B,) < end."""
+        """Logits (B, V) after tokens ids (B,), at places at (B,), all below end."""
         B, (H, K, Dh) = len(ids), self.heads
         rows, eps = self.places[:B], self.model.config.rms_norm_eps
         cos, sin = (angles[at, None] for angles in self.rope)  # (B, 1, Dh)
@@ -118,22 +127,19 @@ class Slots:
         unseen = self.places[:end] > at[:, None]  # (B, S)
         mask = torch.zeros(unseen.shape, dtype=x.dtype, device=x.device)
         mask = mask.masked_fill(unseen, -math.inf)[:, None, None]  # (B, 1, 1, S)
-        blocks = zip(self.model.model.layers, self.layers, strict=True)
-        for layer, (block, (qkv, out, gate_up, down)) in enumerate(blocks):
-            y = qkv(rms_norm(x, block.input_layernorm.weight, eps))
+        for layer, (norms, (qkv, out, gate_up, down)) in enumerate(self.layers):
+            y = qkv(rms_norm(x, norms[0], eps))
             y = y.view(B, H + 2 * K, Dh)
-            turned = apply_rope(y[:, : H + K], cos, sin)  # queries and keys at once
+            turned = apply_rope(y[:, : H + K], cos, sin)  # keys as well
             keys, values = self.keys[layer, :B], self.values[layer, :B]
             keys[rows, :, at] = turned[:, H:]
             values[rows, :, at] = y[:, H + K :]
-            q = turned[:, :H].reshape(
-                B, K, H // K, Dh
-            )  # the heads that share a key
+            q = turned[:, :H].reshape(B, K, H // K, Dh)  # sharing a key
             y = F.scaled_dot_product_attention(
                 q, keys[:, :, :end], values[:, :, :end], attn_mask=mask
             )  # (B, K, H / K, Dh)
             x = x + out(y.reshape(B, H * Dh))
-            y = gate_up(rms_norm(x, block.post_attention_layernorm.weight, eps))
+            y = gate_up(rms_norm(x, norms[1], eps))
             gate, up = y.chunk(2, dim=-1)
             x = x + down(F.silu(gate) * up)
         return self.head(rms_norm(x, self.model.model.norm.weight, eps))
@@ -200,8 +206,8 @@ def decode(
     """Go on with every prompt; give each new token as soon as it is chosen.
 
     At most `slots` texts are in work at a time. A text ends as in `generate`, or
-    where `ended(text, token)`, asked once for each token, says so. Draws of prompt i
-    depend on (seed, `rows[i]`, position); without `rows`, on i.
+    where `ended(text, token)`, asked once for each token, says so. Draws of prompt
+    i depend on (seed, `rows[i]`, position); without `rows`, on i.
     """
     rows = range(len(prompts)) if rows is None else rows
     if len(rows) != len(prompts):
@@ -209,17 +215,10 @@ def decode(
     if type(slots) is not int or slots < 1:
         raise GenerateError(f"slots must be a whole number from 1, got {slots!r}")
     how = sampling
+    drawing = how.temperature, how.top_p, stop, how.seed
     for i, prompt in enumerate(prompts):
         try:
-            check_request(
-                model,
-                prompt,
-                max_new_tokens,
-                how.temperature,
-                how.top_p,
-                stop,
-                how.seed,
-            )
+            check_request(model, prompt, max_new_tokens, *drawing)
         except GenerateError as error:
             raise GenerateError(f"prompts[{i}]: {error}") from None
     if not prompts:
@@ -229,9 +228,7 @@ def decode(
     room = Slots(model, min(slots, len(prompts)), longest, compiled)
     waiting = deque(range(len(prompts)))
     live: list[int] = []  # the text in each slot
-    texts = {
-        i: [int(token) for token in prompt] for i, prompt in enumerate(prompts)
-    }
+    texts = [[int(token) for token in prompt] for prompt in prompts]
     while True:
         logits = []
         if live:
@@ -242,12 +239,8 @@ def decode(
             logits.append(room.read(len(live) - 1, texts[live[-1]])[None])
         if not live:
             return
-        tokens, logprobs = choose(
-            torch.cat(logits),
-            [texts[i] for i in live],
-            [rows[i] for i in live],
-            how,
-        )
+        said, numbers = [texts[i] for i in live], [rows[i] for i in live]
+        tokens, logprobs = choose(torch.cat(logits), said, numbers, how)
         for slot in reversed(range(len(live))):
             i, token = live[slot], tokens[slot]
             texts[i].append(token)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,14 +35,15 @@ from albor.weights import hf_config
 
 def per_step(times: list[float]) -> float:
     """The median time between two tokens, the first few left out."""
-    return statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))
+    return statistics.median(b - a for a, b in pairwise(times[1:]))
 
 
 def main() -> None:
     """Run all arms at all batch sizes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="albor-base-350m")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    sizes = [1, 2, 4, 8, 16, 32]
+    parser.add_argument("--batches", type=int, nargs="+", default=sizes)
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--new", type=int, default=10, help="tokens in each round")
     parser.add_argument("--rounds", type=int, default=7)
@@ -145,10 +147,11 @@ def main() -> None:
                     k: round(statistics.median(v), 3) for k, v in pairs.items()
                 },
                 "ratio_range": {
-                    k: [round(min(v), 3), round(max(v), 3)] for k, v in pairs.items()
+                    k: [round(min(v), 3), round(max(v), 3)]
+                    for k, v in pairs.items()
                 },
                 "seconds_to_lay_out_weights": round(ready, 2),
-                "load": [round(x, 1) for x in os.getloadavg()][0],
+                "load": round(os.getloadavg()[0], 1),
             }
             rows.append(row)
             print(row, flush=True)
