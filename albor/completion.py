@@ -265,7 +265,7 @@ def completer(
     """A function that fills the place of `mark` in a text, or goes on at its end.
 
     In IPython, or with a `shell` given, it is also the cell magic `%%complete`,
-    which puts the result in place of the cell. `options` are those of `complete_batch`.
+    which puts the result in place of the cell. `options` as in `complete_batch`.
     """
 
     def fill(code: str) -> str:
