@@ -103,8 +103,8 @@ def perplexity(
     stream = TokenStream.of(tokens)
     if seq_len < 1 or len(stream) < 2:
         raise LikelihoodError(
-            f"{len(stream)} tokens in rows of seq_len = {seq_len}: give at least 2, "
-            "one to predict the other from, and rows of at least 1"
+            f"{len(stream)} tokens in rows of seq_len = {seq_len}: give at least "
+            "2, one to predict the other from, and rows of at least 1"
         )
     seq_len = min(seq_len, len(stream) - 1)
     rows = (len(stream) - 1) // seq_len
@@ -182,8 +182,8 @@ def loglikelihood(
     longest = model.config.max_position_embeddings
     if not before or not 1 <= len(tail) <= longest:
         raise LikelihoodError(
-            f"{len(tail)} tokens to judge after {len(before)}: there must be one to "
-            f"start from (first), and from 1 to {longest} to judge"
+            f"{len(tail)} tokens to judge after {len(before)}: there must be one "
+            f"to start from (first), and from 1 to {longest} to judge"
         )
     return judge(model, [*before, *tail][-(longest + 1) :], len(tail))
 

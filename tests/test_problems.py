@@ -197,13 +197,20 @@ def test_the_line_of_a_result():
         sample = {"task_id": "t", "completion": "x"}
         (line,) = judge(problems, [sample], lambda jobs, v=verdict: [v])
         passed = status == "passed"
-        assert line == {**sample, "result": result, "passed": passed, "exact": False}
+        assert line == {
+            **sample,
+            "result": result,
+            "passed": passed,
+            "exact": False,
+        }
 
 
 def test_a_summary_comes_from_the_lines_alone():
     problems = {name: OURS[f"python-intermediate/{name}"] for name in "012"}
     passes = {"0": [True, False, False, False], "1": [True] * 4, "2": [False] * 4}
-    lines = [{"task_id": t, "passed": x} for t, some in passes.items() for x in some]
+    lines = [
+        {"task_id": t, "passed": x} for t, some in passes.items() for x in some
+    ]
     found = summarize(problems, lines, (1, 2))
     assert (found["problems"], found["samples"]) == (3, 4)
     assert found["pass@1"]["value"] == pytest.approx((0.25 + 1 + 0) / 3)
@@ -309,7 +316,9 @@ def test_the_sets_are_what_they_say():
     assert "Apache-2.0" in (EVALS / "README.md").read_text()
 
 
-PAIRS = "Add Sub, Mult FloorDiv, Lt LtE, Gt GtE, Eq NotEq, In NotIn, Is IsNot, And Or"
+PAIRS = (
+    "Add Sub, Mult FloorDiv, Lt LtE, Gt GtE, Eq NotEq, In NotIn, Is IsNot, And Or"
+)
 OPERATORS = {ast.Div: ast.Mult, ast.Mod: ast.FloorDiv}
 for pair in PAIRS.split(", "):
     one, two = (getattr(ast, name) for name in pair.split())
@@ -376,7 +385,36 @@ def mutants(problem):
 
 # Mutants that compute the same function, by what the mutant has in place of the
 # line: there is no test that could tell them from the solution.
-EQUIVALENT: dict[str, dict[str, str]] = {}
+MESSAGE = "the text of an error, which no docstring promises"
+EQUIVALENT = {
+    "python-intermediate/3": {
+        "raise ValueError(f'{number} is not from 1 to 399')": MESSAGE
+    },
+    "python-intermediate/6": {
+        "for total in range(0, amount + 1):": "no coin is worth 0 or less",
+        "if best[total] is None or count <= best[total]:": "the same number",
+    },
+    "python-intermediate/7": {
+        "pass": "without the check, min of nothing raises ValueError, too",
+        "raise ValueError('the needs go round in a circl')": MESSAGE,
+    },
+    "python-intermediate/8": {
+        "total, digits, last = (0, '', -2)": "below the first unit, as -1 is",
+    },
+    "python-intermediate/10": {
+        "for key in range(27):": "26 places are as none, which came first",
+    },
+    "python-intermediate/14": {
+        "raise ValueError(f'{cents} is no coi')": MESSAGE,
+    },
+    "infilling/0": {"if value <= low:": "equal numbers, either is returned"},
+    "infilling/6": {
+        "if values[middle] <= wanted:": "equality was dealt with before",
+    },
+    "infilling/10": {
+        "for column in range(len(matrix[-1])):": "all rows are equally long",
+    },
+}
 
 
 def difference(right, mutant):
@@ -407,7 +445,14 @@ def test_empty_and_constant_bodies_fail(task):
     problem = OURS[task]
     solution = problem.canonical_solution
     blank = solution[: len(solution) - len(solution.lstrip())]
-    bodies = ["pass", "return None", "return 0", "return []", "return -1", "return ''"]
+    bodies = [
+        "pass",
+        "return None",
+        "return 0",
+        "return []",
+        "return -1",
+        "return ''",
+    ]
     jobs = [(problem.program(f"{blank}{x}\n"), problem.check) for x in bodies]
     assert all(verdict.status == "failed" for verdict in run(jobs))
 
@@ -418,7 +463,9 @@ def by_heart(problem):
     (node,) = [x for x in tree.body if isinstance(x, ast.FunctionDef)]
     examples = doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
     name = problem.entry_point
-    known = [(x.source.strip().removeprefix(name), x.want.strip()) for x in examples]
+    known = [
+        (x.source.strip().removeprefix(name), x.want.strip()) for x in examples
+    ]
     table = ", ".join(f"(together{call}, {want})" for call, want in known)
     return (
         "def together(*given):\n    return given\n"
@@ -427,7 +474,9 @@ def by_heart(problem):
     ) + "".join(f"assert {name}{call} == {want}\n" for call, want in known)
 
 
-FUNCTIONS = [t for t, p in SETS["python-intermediate"].items() if "def " in p.prompt]
+FUNCTIONS = [
+    t for t, p in SETS["python-intermediate"].items() if "def " in p.prompt
+]
 
 
 @pytest.mark.parametrize("task", FUNCTIONS)
