@@ -281,7 +281,7 @@ def evaluate_problems(
     lines = read_jsonl(results) if results.exists() else []
     done = [(line["task_id"], line["sample"]) for line in lines]
     if len(set(done)) < len(done) or not {task for task, _ in done} <= {*problems}:
-        raise ProblemError(f"{results}: samples twice, or of no problem; remove it")
+        raise ProblemError(f"{results}: a sample twice, or unknown; remove it")
     for sample in range(n):
         left = [p for p in problems.values() if (p.task_id, sample) not in done]
         for i in range(0, len(left), batch):

@@ -430,7 +430,7 @@ def test_our_tests_refuse_what_is_wrong():
         right = ast.unparse(ast.parse(problem.program(problem.canonical_solution)))
         texts = mutants(problem)
         total += len(texts)
-        assert len(texts) >= 3, task
+        assert len(texts) >= 2, task
         verdicts = run((text, problem.check) for text in texts)
         for text, verdict in zip(texts, verdicts, strict=True):
             if verdict.status == "passed":
