@@ -259,7 +259,7 @@ def evaluate_problems(
     """
     if n < 1 or batch < 1 or not ks or not 1 <= min(ks) <= max(ks) <= n:
         raise ProblemError(
-            f"n = {n}, k = {list(ks)}, batch = {batch}: numbers from 1, no k above n"
+            f"n = {n}, k = {list(ks)}, batch = {batch}: numbers from 1, k up to n"
         )
     results = Path(folder) / f"{name}_results.jsonl"
     record = results.with_name(f"{name}_settings.json")
