@@ -149,7 +149,7 @@ def norms_bounded(
     highest = clipped["grad_norm"] * clipped["clip"]
     evidence = (
         f"{len(judged)} steps judged, {len(log) - len(judged)} skipped; the "
-        f"largest norm is {highest:.3g} at step {clipped['step']} when clipped, and "
+        f"largest norm is {highest:.3g} at step {clipped['step']} when clipped, "
         f"{free['grad_norm']:.3g} at step {free['step']} after the warm-up when not"
     )
     held = highest < bound and free["grad_norm"] < bound
