@@ -228,6 +228,7 @@ def train(
     scaler: torch.amp.GradScaler | None = None,
     evaluate: Callable[[], float] | None = None,
     save: Callable[[int], object] | None = None,
+    inspect: Callable[[int, StepResult], object] | None = None,
     on_log: Callable[[dict[str, Any], float], object] | None = None,
     save_minutes: float = 5.0,
     max_minutes: float = 0.0,
@@ -268,6 +269,8 @@ def train(
             if not result.finite and not result.skipped:
                 state = latest_state(output_dir)
                 raise NonFiniteError(step, result, batches.rows_of(step), state)
+            if inspect:
+                inspect(step, result)
             record = metrics_record(step, result, optimizer.param_groups[0]["lr"])
             record["tokens"] = tokens
             last = done == plan.max_steps or 0 < max_minutes * 60 <= now - began
