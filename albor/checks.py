@@ -1,3 +1,4 @@
+# Generated from book/checks.md: edit the chapter, not this file.
 """Checks of gradients and steps, each against the same thing done a second time.
 
 Notable:
@@ -22,6 +23,16 @@ from torch import Tensor, nn
 from albor.model import IGNORED, Albor
 from albor.shapes import ModelConfig
 from albor.step import count_copies, train_step
+
+__all__ = [
+    "CheckError",
+    "check_copies",
+    "check_gradients",
+    "check_step",
+    "compare_gradients",
+    "lively",
+    "plain_loss",
+]
 
 
 class CheckError(RuntimeError):
@@ -152,13 +163,15 @@ def check_step(
     """
     targets = targets.clone()
     targets[0, : targets.shape[1] // 2] = IGNORED  # so that rows weigh differently
-    plain = copy.deepcopy(model)
-    plain.loss(inputs, targets).backward()
-    limit = 0.5 * float(nn.utils.clip_grad_norm_(plain.parameters(), math.inf))
-    nn.utils.clip_grad_norm_(plain.parameters(), limit)
-    torch.optim.AdamW(plain.parameters(), lr=0.01).step()
-    for rows in (n for n in range(1, len(inputs) + 1) if len(inputs) % n == 0):
-        ours = copy.deepcopy(model)
+    divisors = [n for n in range(1, len(inputs) + 1) if len(inputs) % n == 0]
+    # Clipping hides the gradient's size, so it is looked at with and without.
+    for share, rows in [(s, n) for s in (0.5, 2.0) for n in divisors]:
+        plain, ours = copy.deepcopy(model), copy.deepcopy(model)
+        plain.loss(inputs, targets).backward()
+        every = list(plain.parameters())
+        limit = share * float(nn.utils.clip_grad_norm_(every, math.inf))
+        nn.utils.clip_grad_norm_(every, limit)
+        torch.optim.AdamW(every, lr=0.01).step()
         for p in ours.parameters():
             p.grad = torch.ones_like(p)  # what another step may have left there
         optimizer = torch.optim.AdamW(ours.parameters(), lr=1.0)
@@ -177,7 +190,7 @@ def check_step(
                     "zero_grad, the clipping, the loss scale"
                 )
             updates = int(optimizer.state[p].get("step", 0))
-            away = (p - ref).norm() / math.sqrt(p.numel()) / 0.01  # in updates
+            away = (p - ref).detach().norm() / math.sqrt(p.numel()) / 0.01
             if updates != (ref.grad is not None) or not away <= 0.1:
                 raise CheckError(
                     f"{name}: {updates} updates in slices of {rows} rows, and "

@@ -1,3 +1,4 @@
+# Generated from book/guards.md: edit the chapter, not this file.
 """Guards: what must hold while a model is trained, looked at in every run.
 
 Notable:
@@ -30,6 +31,20 @@ from albor.invariants import check_causal, check_initial, check_order, check_tie
 from albor.model import Albor
 from albor.step import StepResult
 from albor.train import scheduled_rate
+
+__all__ = [
+    "Guards",
+    "Marks",
+    "check_clipped",
+    "check_moments",
+    "check_moved",
+    "check_reached",
+    "check_result",
+    "check_schedule",
+    "check_settings",
+    "fingerprints",
+    "planned_rate",
+]
 
 
 def check_result(result: StepResult | None) -> None:

@@ -1,3 +1,4 @@
+# Generated from book/invariants.md: edit the chapter, not this file.
 """Invariants: what holds of every sound model, whatever its weights have learned.
 
 Notable:
@@ -23,6 +24,15 @@ from albor.checks import CheckError, lively
 from albor.model import Albor
 from albor.shapes import parameter_shapes
 from albor.weights import load_model, save_model
+
+__all__ = [
+    "check_causal",
+    "check_initial",
+    "check_order",
+    "check_roundtrip",
+    "check_tied",
+    "stable_rank",
+]
 
 
 @torch.no_grad()

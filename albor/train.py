@@ -8,7 +8,7 @@ Notable here:
 - a step that is not finite ends the run and names step, rows and last good state;
 - Ctrl-C and SIGTERM wait for the end of the step, save, and then do as they should.
 
-The loop takes callables for what it does not own: evaluating, saving, reporting.
+The loop takes callables for what it does not own: evaluating, saving, inspecting.
 """
 
 import os
@@ -237,6 +237,7 @@ def train(
     """Train from `start_step` to `recipe.training.max_steps`.
 
     `evaluate()` gives a validation loss, `save(n)` keeps the state after n steps,
+    `inspect(step, result)` sees every step while its gradients are there,
     `on_log(record, seconds_left)` sees the first step, the last, evaluations, and
     a step every `log_seconds`. It saves every `save_interval` steps, every
     `save_minutes`, and at the end; `max_minutes` of this call end the run early. 0
