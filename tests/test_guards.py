@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import Run
+from test_train import Cut, Run
 
 from albor import guards
-from albor.checkpoint import latest_state
+from albor.checkpoint import latest_state, load_state
 from albor.checks import CheckError
 from albor.guards import Guards
 from albor.step import StepResult
@@ -64,7 +64,7 @@ def test_sound_runs_pass_in_every_precision_and_when_resumed(tmp_path, precision
     first = Guarded(tmp_path, precision=precision)
     first.guards.begin()
     first.die_in(6)
-    with pytest.raises(BaseException, match=""):
+    with pytest.raises(Cut):
         first.go()
     again = Guarded(tmp_path, precision=precision, seed=9, start=4)
     again.guards.start = 4
@@ -108,7 +108,6 @@ def test_a_run_that_fails_at_once_has_no_state_to_name(tmp_path):
         CheckError, match=r"step 0: .*up_proj.* 1 of 16 columns, the"
     ):
         run.go()
-    assert "none is saved" in str(CheckError("none is saved"))
     assert run.saved == [] and latest_state(tmp_path) is None
 
 
@@ -303,11 +302,9 @@ def test_a_resumed_run_that_forgot(tmp_path):
         run = Guarded(tmp_path / str(keep), start=4)
         state = Guarded(tmp_path / str(keep) / "first")
         state.die_in(5)
-        with pytest.raises(BaseException, match=""):
+        with pytest.raises(Cut):
             state.go()
         run.folder = state.folder
-        from albor.checkpoint import load_state
-
         load_state(latest_state(state.folder), run.model, run.optimizer)
         for p in run.model.parameters():
             if keep:

@@ -1,4 +1,4 @@
-"""The original's bugs in our code: the guard fires, and the table in the book is true."""
+"""The bugs of the original in our code: guards fire, and the table is true."""
 
 import pytest
 from mutations import BUGS, FILE, Bug, examine, measure
