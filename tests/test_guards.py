@@ -287,7 +287,7 @@ def test_what_has_not_moved(sound):
         p[:20] *= 1.001
     old, now = {key: marks[key]}, guards.fingerprints(run.model, run.optimizer)
     guards.check_moved(old, now)
-    with pytest.raises(CheckError, match="8 of 28 rows of its weight .* first 20"):
+    with pytest.raises(CheckError, match=r"8 of 28 rows of its weight .* first 20"):
         guards.check_moved(old, now, rows=True)
     p.data.copy_(kept)
     now = guards.fingerprints(run.model, run.optimizer)
