@@ -4,11 +4,8 @@
 Notable:
 - the loop knows none of this: `train` calls `Guards.inspect` after each step, with
   the gradients still there, and `Guards.before_save` stands before every state;
-- what is measured is what the optimizer holds, and not what was meant;
 - nothing here draws a shared random number or changes any: a run with guards ends
   in the same bits as one without.
-
-A full look is taken before the first step, after it, and before each state.
 """
 
 import math
@@ -144,8 +141,7 @@ def check_moments(
     """AdamW's moments are means of gradients, after `updates` (None: unknown).
 
     Whatever the gradients were, their mean m and mean square v obey v >= (1 -
-    beta2) g^2, g the last of them, and m^2 <= C v by Cauchy and Schwarz, where C =
-    (1 - beta1)^2 / ((1 - beta2) (1 - beta1^2 / beta2)).
+    beta2) g^2, g the last of them, and m^2 <= C v by Cauchy and Schwarz.
     """
     groups = [
         (p, group) for group in optimizer.param_groups for p in group["params"]
@@ -259,10 +255,9 @@ class Guards:
         with self.at(self.start), torch.no_grad():
             check_schedule(self.recipe)
             check_tied(model, self.optimizer)
-            length = min(7, c.max_position_embeddings)
-            ids = torch.arange(length) * 5 % c.vocab_size
+            ids = torch.arange(min(7, c.max_position_embeddings)) * 5 % c.vocab_size
             check_causal(model, ids.to(model.model.embed_tokens.weight.device))
-            check_order(model, length)
+            check_order(model, len(ids))
             if self.start == 0:
                 check_initial(model)
             self.marks = fingerprints(model, self.optimizer)
@@ -297,13 +292,10 @@ class Guards:
             stiff = {
                 name for name, p in named if rate <= 5e-7 * float(p.abs().max())
             }
-            due = {
-                mark: value
-                for mark, value in self.marks.items()
-                if mark[1] != "weight" or mark[0] not in stiff
-            }
+            old = self.marks.items()
+            due = {m: v for m, v in old if m[1] != "weight" or m[0] not in stiff}
             # AdamW's first update moves every number by the rate, so every row.
             fresh = self.start == 0 and self.looked < 0 and not self.scaled
-            self.marks, self.looked = fingerprints(model, optimizer), step
+            self.looked, self.looks = step, self.looks + 1
+            self.marks = fingerprints(model, optimizer)
             check_moved(due, self.marks, rows=fresh)
-            self.looks += 1

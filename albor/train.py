@@ -99,11 +99,9 @@ class NonFiniteError(RuntimeError):
     ) -> None:
         self.step, self.rows, self.last_state = step, rows, last_state
         scale = f", loss scale {result.scale:g}" if result.scale != 1 else ""
-        back = (
-            f"the last good state is {last_state}"
-            if last_state
-            else "none is saved"
-        )
+        back = f"the last good state is {last_state}"
+        if not last_state:
+            back = "none is saved"
         super().__init__(
             f"step {step} is not finite: loss {result.loss}, gradient norm "
             f"{result.grad_norm}{scale}, on the training rows {rows}. Weights and "
