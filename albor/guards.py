@@ -230,8 +230,7 @@ class Guards:
         self.model, self.optimizer, self.recipe = model, optimizer, recipe
         self.folder, self.start, self.scaled = Path(folder), start_step, scaled
         self.looks, self.seconds = 0, 0.0
-        self.marks: Marks = {}
-        self.looked = -1  # the last step that got a full look
+        self.marks, self.looked = Marks(), -1  # of the last look, and its step
         self.last: tuple[int, StepResult] | None = None
 
     @contextmanager
