@@ -8,7 +8,7 @@ Notable here:
 - a step that is not finite ends the run and names step, rows and last good state;
 - Ctrl-C and SIGTERM wait for the end of the step, save, and then do as they should.
 
-The loop takes callables for what it does not own: evaluating, saving, reporting.
+The loop takes callables for what it does not own: evaluating, saving, inspecting.
 """
 
 import os
@@ -99,11 +99,9 @@ class NonFiniteError(RuntimeError):
     ) -> None:
         self.step, self.rows, self.last_state = step, rows, last_state
         scale = f", loss scale {result.scale:g}" if result.scale != 1 else ""
-        back = (
-            f"the last good state is {last_state}"
-            if last_state
-            else "none is saved"
-        )
+        back = f"the last good state is {last_state}"
+        if not last_state:
+            back = "none is saved"
         super().__init__(
             f"step {step} is not finite: loss {result.loss}, gradient norm "
             f"{result.grad_norm}{scale}, on the training rows {rows}. Weights and "
@@ -228,6 +226,7 @@ def train(
     scaler: torch.amp.GradScaler | None = None,
     evaluate: Callable[[], float] | None = None,
     save: Callable[[int], object] | None = None,
+    inspect: Callable[[int, StepResult], object] | None = None,
     on_log: Callable[[dict[str, Any], float], object] | None = None,
     save_minutes: float = 5.0,
     max_minutes: float = 0.0,
@@ -236,6 +235,7 @@ def train(
     """Train from `start_step` to `recipe.training.max_steps`.
 
     `evaluate()` gives a validation loss, `save(n)` keeps the state after n steps,
+    `inspect(step, result)` sees every step while its gradients are there,
     `on_log(record, seconds_left)` sees the first step, the last, evaluations, and
     a step every `log_seconds`. It saves every `save_interval` steps, every
     `save_minutes`, and at the end; `max_minutes` of this call end the run early. 0
@@ -268,6 +268,8 @@ def train(
             if not result.finite and not result.skipped:
                 state = latest_state(output_dir)
                 raise NonFiniteError(step, result, batches.rows_of(step), state)
+            if inspect:
+                inspect(step, result)
             record = metrics_record(step, result, optimizer.param_groups[0]["lr"])
             record["tokens"] = tokens
             last = done == plan.max_steps or 0 < max_minutes * 60 <= now - began

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from albor.artifacts import read_json, read_jsonl, sha256_file
+from albor.checks import CheckError
 from albor.config import ConfigError, project_path
 from albor.provenance import verify
 from albor.shards import DataError
@@ -136,6 +137,8 @@ def test_a_run_and_its_folder(project, capsys):
     log = read_jsonl(folder / "metrics.jsonl")
     assert [line["step"] for line in log] == list(range(14))
     assert [i for i, line in enumerate(log) if "val_loss" in line] == [5, 11, 13]
+    # Before the run, after step 0, before the states of steps 4, 8, 12 and 14.
+    assert "guards: 6 full looks, " in out
     assert "step 14/14" in out and "tokens/s" in out and "left" in out
 
     final = read_json(folder / "final_model.json")
@@ -160,6 +163,17 @@ def test_a_run_and_its_folder(project, capsys):
     assert session["versions"]["torch"] == torch.__version__
     assert session["device"] == "cpu" and session["threads"] > 0
     assert str(project) not in json.dumps(story)
+
+
+def test_a_run_that_a_guard_stops_leaves_no_folder(project, capsys):
+    values = run(config="small", output_dir="runs/a", until="summary = train(")
+    up = values["model"].model.layers[1].mlp.up_proj.weight
+    up.data.copy_(values["model"].model.layers[0].mlp.up_proj.weight)
+    with pytest.raises(
+        CheckError, match=r"step 0: .*layers\.1\.mlp\.up.* its like"
+    ):
+        values["guards"].begin()
+    assert not (project / "runs").exists()
 
 
 def test_what_was_made_is_llama_to_others(project):

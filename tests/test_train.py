@@ -426,6 +426,26 @@ def test_a_scale_that_is_spent_stops_the_run(tmp_path):
     assert caught.value.step == 3 and len(run.log) == 3
 
 
+def test_inspect_sees_every_step_with_its_gradients_and_can_end_the_run(tmp_path):
+    run, seen = Run(tmp_path), []
+
+    def inspect(step, result):
+        norm = math.sqrt(
+            sum(float(p.grad.norm()) ** 2 for p in run.model.parameters())
+        )
+        assert norm == pytest.approx(min(result.grad_norm, 1.0), rel=1e-3)
+        assert len(run.log if (tmp_path / METRICS).exists() else []) == step
+        seen.append(step)
+        if step == 6:
+            raise Cut
+
+    with pytest.raises(Cut):
+        run.go(inspect=inspect)
+    assert seen == list(range(7))
+    assert [line["step"] for line in run.log] == list(range(6))
+    assert run.saved == [4]
+
+
 def test_max_minutes_stops_saves_and_judges(tmp_path, whole):
     run = Run(tmp_path, save_interval=0)
     summary = run.go(max_minutes=1e-9)
