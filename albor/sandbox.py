@@ -101,13 +101,16 @@ def child_code() -> bytes:
 
 def held(pid: int) -> int:
     """Bytes of memory that the processes below one hold. Linux; elsewhere 0."""
-    total = 0
+    total, files = 0, {}
     for one in room.below(pid):
         with contextlib.suppress(OSError, ValueError):
             for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines():
                 if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                     total += int(line.split()[1]) * 1024
-    return total
+            for file in os.scandir(f"/proc/{one}/fd"):
+                if os.readlink(file.path).startswith("/memfd:"):
+                    files[file.stat().st_ino] = file.stat().st_blocks * 512
+    return total + sum(files.values())
 
 
 @functools.cache
@@ -215,7 +218,7 @@ def _run(
         os.chmod(folder, 0o777)
     tasks = processes + (0 if stranger or spaces else room.own_tasks())
     limits = {
-        "AS": memory_mb << 20, "CPU": int(timeout) + 2, "NPROC": tasks,
+        "AS": memory_mb << 20, "CPU": int(timeout) + 3, "NPROC": tasks,
         "NOFILE": 64, "FSIZE": disk_mb << 20, "CORE": 0,
     }  # fmt: skip
     library = Path(os.__file__).parent
