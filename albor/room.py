@@ -64,7 +64,10 @@ def furnish(megabytes: int) -> None:
     os.chdir("/tmp")
     libc("pivot_root", b".", b".old")
     os.chdir("/")
-    for path in sorted(real):
+    os.mkdir("/tmp")
+    room = f"size={megabytes}m,nr_inodes=4096,mode=1777"
+    mount("tmpfs", "/tmp", "tmpfs", bare, room)
+    for path in sorted(real):  # also where Python lies in /tmp
         if any(path.startswith(f"{other}/") for other in real):
             continue
         if path in links and path.count("/") == 1:  # /lib -> usr/lib
@@ -83,9 +86,6 @@ def furnish(megabytes: int) -> None:
     for path in (*sites, "/usr/lib/python3/dist-packages"):
         if os.path.isdir(path):
             mount("tmpfs", path, "tmpfs", READ_ONLY | bare, "size=4k")
-    os.mkdir("/tmp")
-    room = f"size={megabytes}m,nr_inodes=4096,mode=1777"
-    mount("tmpfs", "/tmp", "tmpfs", bare, room)
     libc("umount2", b"/.old", 2)
     os.rmdir("/.old")
     os.mkdir("/room")
@@ -103,6 +103,7 @@ def confine(job: dict[str, Any]) -> None:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+    os.environ.pop("LD_LIBRARY_PATH", None)  # was for Python alone
     for name, value in job["limits"].items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]

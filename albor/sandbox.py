@@ -5,14 +5,15 @@
 
 Covered: endless loops, fork and memory bombs, floods of output, early exits,
 signals, daemons, threads, writes and reads outside, verdicts of its own on any
-descriptor, patched builtins, tracing, profiling, audit hooks, gc and frames, and a
-parent that is killed.
+descriptor, forks that guess, patched builtins, tracing, profiling, audit hooks, gc
+and frames, and a parent that is killed.
 
-Not covered: what happens while the test calls the program. An object can lie in
-`__eq__`, a function can read the test in its caller's frame, a module that the test
-imports can be patched. Native code (`ctypes`) can read the whole process, nonce
-included. The kernel is trusted: there is no system call filter. Memory in anonymous
-files (memfd) is limited per file, not in sum. Without namespaces
+Not covered: what happens while the test runs, in the program's own names. An object
+can lie in `__eq__`, a function can read the test in its caller's frame, a module that
+the test imports can be patched; a thread, a signal or a name such as `abs` can change
+what the test means. Native code (`ctypes`) can read the whole process, nonce
+included, and for unprivileged callers leave SysV memory uncounted until the end. The
+kernel is trusted: there is no system call filter. Without namespaces
 (`allow_unisolated`) a program reads what its user may read, reaches the network,
 and can kill what its user may kill. Windows is refused; of macOS only limits and
 process groups are used (never run there).
@@ -241,6 +242,8 @@ def _run(
     environment = {"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home}
     environment |= {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
     environment |= {"MALLOC_ARENA_MAX": "1"}
+    if where := os.environ.get("LD_LIBRARY_PATH"):  # Python itself may need it
+        environment["LD_LIBRARY_PATH"] = where
     stdin = anonymous_file(child_code() + marshal.dumps(job))
     python = getattr(sys, "_base_executable", sys.executable)
     kills = killed_for_memory()
