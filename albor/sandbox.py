@@ -9,14 +9,14 @@ descriptor, forks that guess, patched builtins, tracing, profiling, audit hooks,
 and frames, and a parent that is killed.
 
 Not covered: what happens while the test runs, in the program's own names. An object
-can lie in `__eq__`, a function can read the test in its caller's frame, a module that
-the test imports can be patched; a thread, a signal or a name such as `abs` can change
-what the test means. Native code (`ctypes`) can read the whole process, nonce
-included, and for unprivileged callers leave SysV memory uncounted until the end. The
-kernel is trusted: there is no system call filter. Without namespaces
-(`allow_unisolated`) a program reads what its user may read, reaches the network,
-and can kill what its user may kill. Windows is refused; of macOS only limits and
-process groups are used (never run there).
+can lie in `__eq__`, a function can read the test in its caller's frame, a module
+that the test imports can be patched; a thread, a signal or a name such as `abs` can
+change what the test means. Native code (`ctypes`) can read the whole process, nonce
+included, and its SysV memory is not counted for unprivileged callers. The kernel is
+trusted: there is no system call filter. Without namespaces (`allow_unisolated`) a
+program reads what its user may read, reaches the network, and can kill what its user
+may kill. Windows is refused; of macOS only limits and process groups are used (never
+run there).
 """
 
 import contextlib
