@@ -14,9 +14,9 @@ that the test imports can be patched; a thread, a signal or a name such as `abs`
 change what the test means. Native code (`ctypes`) can read the whole process, nonce
 included, and its SysV memory is not counted for unprivileged callers. The kernel is
 trusted: there is no system call filter. Without namespaces (`allow_unisolated`) a
-program reads what its user may read, reaches the network, and can kill what its user
-may kill. Windows is refused; of macOS only limits and process groups are used (never
-run there).
+program reads what its user may read, reaches the network, and can kill what its
+user may kill. Windows is refused; of macOS only limits and process groups are used
+(never run there).
 """
 
 import contextlib

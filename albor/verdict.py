@@ -47,6 +47,7 @@ def judge(program: str, verdict: int, secret: int) -> None:
     execute, translate, everything = exec, compile, vars(builtins)
     read, write, close, end = os.read, os.write, os.closerange, os._exit
     pid, getpid, dup = os.getpid(), os.getpid, os.dup
+    intern, each, listed = sys.intern, map, list
     module = sys.modules["program"] = type(sys)("program")
     space = module.__dict__
     sys.addaudithook(guard)
@@ -62,9 +63,13 @@ def judge(program: str, verdict: int, secret: int) -> None:
                             b"ok",
                             close(3, verdict), close(verdict + 1, 65536),
                             list(map(dup, [0] * 5)),  # the maps will close theirs
-                            everything.update((everything.copy(), execute(
-                                translate(program, "<program>", "exec"), space
-                            ))[0]),  # 2. the program
+                            everything.update((
+                                everything.copy(), execute(  # 2. the program
+                                    translate(program, "<program>", "exec"), space
+                                ),
+                                listed(each(intern, everything)),  # TypeError for
+                                listed(each(intern, space)),  # a key that can lie
+                            )[0]),
                             space.update(__builtins__=everything),
                             getpid() == pid or end(0),  # a fork of it
                         )[0])) and None  # type: ignore[arg-type]  # read all

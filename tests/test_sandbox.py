@@ -22,6 +22,7 @@ ISOLATED = pytest.mark.skipif(bool(obstacle()), reason=obstacle() or "isolated")
 WRONG = "def f(x): return x\n"
 RIGHT = "def f(x): return x + 1\n"
 TEST = "assert f(1) == 2"
+CHECK = "def check(g): assert g(1) == 2\ncheck(f)"
 WRITES = """
 import os
 for fd in range(1024):
@@ -137,6 +138,9 @@ HOSTILE: list[tuple[str, str, str]] = [
     ("sockets swapped", WRONG + SWAP, "failed"),
     ("guesses in forks", "import os\ndef f(x):\n for guess in range(9):\n  pid = os.fork()\n"
      "  if pid == 0: return guess\n  os.waitpid(pid, 0)", "failed"),
+    ("key that lies", WRONG + "class Key:\n asked = 0\n def __hash__(s): return hash('check')\n"
+     " def __eq__(s, x):\n  Key.asked += 1\n  return Key.asked > 1\n"
+     "globals()[Key()] = lambda x: None", "failed"),
     ("exits in str", "import os\nclass E(BaseException):\n def __str__(s): os._exit(0)\n"
      "def f(x): raise E", "failed"),
     ("exits in thread", "import os, threading, time\ndef f(x):\n"
@@ -220,8 +224,8 @@ def traces() -> tuple[set[int], set[str]]:
 
 def test_hostile_programs_get_the_right_word_and_leave_nothing() -> None:
     before, descriptors = traces(), len(os.listdir("/proc/self/fd"))
-    jobs = [(program, TEST) for _, program, _ in HOSTILE]
-    jobs += [(program, TEST) for _, program in HARMLESS]
+    jobs = [(program, CHECK) for _, program, _ in HOSTILE]
+    jobs += [(program, CHECK) for _, program in HARMLESS]
     results = run_all(jobs, workers=16, timeout=3.0, memory_mb=128, **FREE)
     wrong = [
         (name, result)
