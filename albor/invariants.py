@@ -171,8 +171,9 @@ def check_initial(model: Albor, tokens: int = 1024, seed: int = 0) -> None:
     """Fresh weights are independent draws from N(0, s), and know nothing yet.
 
     By matrix: mean, deviation, correlation of neighbours and, on a sample, with all
-    others of the same shape, to 6 standard errors; stable rank above a fifth of the shorter side.
-    Gains are one. The loss on random ids is ln V + D s^2 / 2, to 0.06 nats.
+    others of the same shape, to 6 standard errors; stable rank above a fifth of the
+    shorter side. Gains are one. The loss on random ids is ln V + D s^2 / 2, to 0.06
+    nats.
     """
     c, alike = model.config, dict[torch.Size, list[Tensor]]()
     for name, p in model.named_parameters():
