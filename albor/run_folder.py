@@ -22,7 +22,7 @@ from albor.falsify import read_log
 from albor.likelihood import Perplexity
 from albor.model import Albor
 from albor.problems import Problem, summarize
-from albor.provenance import verify
+from albor.provenance import by_distribution, verify
 from albor.shapes import build, count_parameters, parameter_shapes
 from albor.tokenizer import Tokenizer
 from albor.train import METRICS, scheduled_rate
@@ -34,10 +34,12 @@ __all__ = [
     "FolderError",
     "Held",
     "agree",
+    "marks_of",
     "read_evaluation",
     "read_part",
     "read_run",
     "refused",
+    "shares",
     "step_time",
 ]
 
@@ -136,6 +138,26 @@ def step_time(held: Held) -> tuple[float, int]:
             seconds += steps * record["tokens"] / pace
             covered, since = covered + steps, record["step"] + 1
     return seconds, covered
+
+
+def shares(held: Held) -> list[tuple[str, str, int, str]]:
+    """Licences of the training text: share of its tokens, tokens, packages."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for one in by_distribution(held.record) if held.record else ():
+        if one["split"] == "train":
+            groups.setdefault(one["licence"], []).append(one)
+    rows = []
+    for name, some in groups.items():
+        which = (f"{x['distribution']} {x['version']}".strip() for x in some)
+        rows.append((name, sum(x["tokens"] for x in some), ", ".join(which)))
+    whole = max(1, sum(tokens for _, tokens, _ in rows))
+    rows.sort(key=lambda row: (-row[1], row[0]))
+    return [(name, f"{n / whole:.1%}", n, which) for name, n, which in rows]
+
+
+def marks_of(told: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The scores, with their intervals, in what `summarize` gives."""
+    return {k: told[k] for k in sorted(told) if k == "exact" or k[:5] == "pass@"}
 
 
 def read_part(folder: Path, name: str) -> dict[str, Any]:
