@@ -258,7 +258,7 @@ def read_evaluation(
         blank = ("", "", "", "")  # of a problem, scores need the kind alone
         kinds = {x["task_id"]: "" if "exact" in x else None for x in lines}
         problems = {key: Problem(key, *blank, gap) for key, gap in kinds.items()}
-        ks = [int(key[5:]) for key in told if key.startswith("pass@")]
+        ks = [int(key[5:]) for key in told if key.startswith("pass@")] or [1]
         again = summarize(problems, lines, ks)
         for key in sorted({*told, *again}):
             agree(f"{at}, {name}, {key}", told.get(key), again.get(key))
