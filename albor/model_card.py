@@ -98,6 +98,7 @@ def about_rows(held: Held) -> Rows:
     size = f"{final['parameters']:,} in {final['tensors']} tensors"
     vocabulary = f"{shape.vocab_size:,}; the tokenizer, a byte-level BPE, has "
     context = f"{shape.max_position_embeddings:,} tokens; trained on rows of "
+    context += f"{held.recipe.data.seq_len:,}"
     seconds, covered = step_time(held)
     time = f"{seconds:,.1f} s in {covered:,} of {len(held.log):,} steps"
     where = [last.get(key) for key in ("device", "gpu", "cpu", "platform")]
@@ -108,11 +109,7 @@ def about_rows(held: Held) -> Rows:
         ("Parameters", size, "config.json, model.safetensors"),
         ("Architecture", form, "config.json"),
         ("Vocabulary", f"{vocabulary}{held.tokenizer.vocab_size:,}", "config.json"),
-        (
-            "Context",
-            context + f"{held.recipe.data.seq_len:,}",
-            f"config.json, {RUN}",
-        ),
+        ("Context", context, f"config.json, {RUN}"),
         *text_rows(held),
         ("Training time", time if covered else ABSENT, METRICS),
         ("Framework", ", ".join(f"{name} {tool}" for name, tool in tools), RUN),
@@ -131,23 +128,17 @@ def recipe_rows(held: Held) -> Rows:
     adamw = f"AdamW, lr={adam.lr:g}, beta1={adam.beta1:g}, beta2={adam.beta2:g}, "
     adamw += f"eps={adam.eps:g}, wd={adam.weight_decay:g} on {adam.decay}"
     rate = f"{plan.lr_scheduler} to {plan.min_lr_ratio:g} of the peak"
+    batch = f"{data.batch_size} x {turns} x {length}"
     each = data.batch_size * turns * length
     steps = f"{held.final['steps']:,} of {plan.max_steps:,}"
+    steps += "" if held.final["finished"] else ": NOT FINISHED"
     passes = f"{tokens / stream:.3g} of {plan.epochs} allowed" if stream else None
     return [
         ("Optimizer", f"{adamw}; clipped at {plan.grad_clip:g}", RUN),
         ("Schedule", f"{rate}; warm-up {plan.warmup_steps} steps", BOTH),
-        (
-            "Batch",
-            f"{data.batch_size} x {turns} x {length} = {each:,} tokens",
-            BOTH,
-        ),
+        ("Batch", f"{batch} = {each:,} tokens", BOTH),
         ("Precision", plan.mixed_precision, RUN),
-        (
-            "Steps",
-            steps + ("" if held.final["finished"] else ": NOT FINISHED"),
-            BOTH,
-        ),
+        ("Steps", steps, BOTH),
         ("Tokens trained on", f"{tokens:,}", BOTH),
         ("Tokens per parameter", f"{tokens / held.final['parameters']:.3g}", BOTH),
         ("Passes over the data", passes, BOTH),
@@ -245,6 +236,7 @@ def model_card(run: str | Path, again: str | Path | None = None) -> str:
     repeated, for prediction 003. FolderError if files are missing or disagree.
     """
     held, three = read_run(run), ("field", "value", "from")
+    judged = ("what", "verdict", "evidence")
     with refused(held.folder):
         checks: Rows = [
             (f"{one.prediction}: {one.statement}", one.status, one.evidence)
@@ -267,9 +259,7 @@ def model_card(run: str | Path, again: str | Path | None = None) -> str:
             "The model": table(three, about_rows(held)),
             "Recipe": table(three, recipe_rows(held)),
             "Loss, in nats per token": table(three, loss_rows(held)),
-            "Predictions and checks": table(
-                ("what", "verdict", "evidence"), checks
-            ),
+            "Predictions and checks": table(judged, checks),
             "Benchmarks": table(three, benchmark_rows(held))
             + f"\n\nWhat it writes after `def `, greedily:\n{written}",
             "Licences of the training text": table(

@@ -67,9 +67,7 @@ def refused(run: Path) -> Iterator[None]:
         raise
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise FolderError(
-            f"{run}: no record of a run of this package: {why}"
-        ) from error
+        raise FolderError(f"{run}: no run of this package: {why}") from error
     except (OSError, ValueError, RuntimeError, OverflowError) as error:
         raise FolderError(f"{run}: {error}") from error
 
@@ -119,9 +117,8 @@ class Held:
         """How many tokens the shards of a split hold, copies and ends included."""
         if self.record is None:
             return None
-        return sum(
-            x["tokens"] for x in self.record["shards"] if x["split"] == split
-        )
+        shards = self.record["shards"]
+        return sum(x["tokens"] for x in shards if x["split"] == split)
 
 
 def step_time(held: Held) -> tuple[float, int]:
