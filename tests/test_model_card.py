@@ -296,7 +296,7 @@ def test_benchmarks_have_their_rows_in_a_fixed_order(held: Held) -> None:
 
 
 @settings(max_examples=50)
-@given(st.text(), st.text())
+@given(st.text("|\\<\n ab"), st.text("|\\<\n ab"))
 def test_no_text_leaves_its_cell(one: str, two: str) -> None:
     page = table(("a", "b"), [(one, two)])
     lines = page.splitlines()

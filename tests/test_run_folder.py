@@ -363,6 +363,8 @@ def test_scores_that_differ_are_refused(
         lambda x: x[3].update(passed=True, result="passed"),
         lambda x: x[0].update(task_id="toy/9"),
         lambda x: x[0].pop("result"),
+        lambda x: x[0].update(result="failed: not 0"),
+        lambda x: x.extend([dict(line) for line in x]),
         lambda x: x.clear(),
     ],
 )
