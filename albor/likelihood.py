@@ -35,6 +35,7 @@ __all__ = [
     "loglikelihood",
     "perplexity",
     "rolling",
+    "to_stream",
 ]
 
 
@@ -84,6 +85,14 @@ class Perplexity:
             "seq_len": self.seq_len,
             "bytes": self.text_bytes,
         }
+
+
+def to_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """Texts as tokens, with `</s>` around each: uint16 (N,)."""
+    ids = [EOS]
+    for each in tokenizer.encode_batch(texts):
+        ids += [*each, EOS]
+    return np.array(ids, dtype=np.uint16)
 
 
 def perplexity(

@@ -64,7 +64,10 @@ def furnish(megabytes: int) -> None:
     os.chdir("/tmp")
     libc("pivot_root", b".", b".old")
     os.chdir("/")
-    for path in sorted(real):
+    os.mkdir("/tmp")
+    room = f"size={megabytes}m,nr_inodes=4096,mode=1777"
+    mount("tmpfs", "/tmp", "tmpfs", bare, room)
+    for path in sorted(real):  # also where Python lies in /tmp
         if any(path.startswith(f"{other}/") for other in real):
             continue
         if path in links and path.count("/") == 1:  # /lib -> usr/lib
@@ -83,12 +86,12 @@ def furnish(megabytes: int) -> None:
     for path in (*sites, "/usr/lib/python3/dist-packages"):
         if os.path.isdir(path):
             mount("tmpfs", path, "tmpfs", READ_ONLY | bare, "size=4k")
-    os.mkdir("/tmp")
-    room = f"size={megabytes}m,nr_inodes=4096,mode=1777"
-    mount("tmpfs", "/tmp", "tmpfs", bare, room)
     libc("umount2", b"/.old", 2)
     os.rmdir("/.old")
+    os.mkdir("/room")
     mount("none", "/", "", REMOUNT | BIND | READ_ONLY | bare, "")
+    mount("/", "/room", "", BIND | DEEP, "")
+    os.chroot("/room")  # in a changed root no user namespace may be made
     os.chdir("/tmp")
 
 
@@ -100,11 +103,12 @@ def confine(job: dict[str, Any]) -> None:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+    os.environ.pop("LD_LIBRARY_PATH", None)  # was for Python alone
     for name, value in job["limits"].items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
+        resource.setrlimit(kind, (value - (name == "CPU"), value))  # SIGXCPU first
     keep = 1 << 2 if job["read_private"] else 0  # CAP_DAC_READ_SEARCH
     if keep:
         libc("prctl", 8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
@@ -215,6 +219,7 @@ def sweep() -> None:
 
 def supervise(job: dict[str, Any]) -> None:
     """Enter the namespaces, start init; when the lifeline breaks, end it all."""
+    import contextlib
     import os
     import select
     import signal
@@ -226,10 +231,14 @@ def supervise(job: dict[str, Any]) -> None:
             users = (f"{i} {i} 1" for i in (os.getuid(), os.getgid()))
             maps = dict(zip(("uid_map", "gid_map"), users, strict=True))
             libc("unshare", job["unshare"])
+            shared = "/proc/sys/kernel/shmall"  # of this namespace
             if job["unshare"] & 0x10000000:
                 for name, text in ({"setgroups": "deny"} | maps).items():
                     with open(f"/proc/self/{name}", "w") as file:
                         file.write(text)
+            if job["unshare"] & 0x08000000:
+                with contextlib.suppress(OSError), open(shared, "w") as file:
+                    file.write("0")  # pages that outlive their processes
         first = os.fork()
         if first == 0:
             init(job)

@@ -5,17 +5,18 @@
 
 Covered: endless loops, fork and memory bombs, floods of output, early exits,
 signals, daemons, threads, writes and reads outside, verdicts of its own on any
-descriptor, patched builtins, tracing, profiling, audit hooks, gc and frames, and a
-parent that is killed.
+descriptor, forks that guess, patched builtins, tracing, profiling, audit hooks, gc
+and frames, and a parent that is killed.
 
-Not covered: what happens while the test calls the program. An object can lie in
-`__eq__`, a function can read the test in its caller's frame, a module that the test
-imports can be patched. Native code (`ctypes`) can read the whole process, nonce
-included. The kernel is trusted: there is no system call filter. Memory in anonymous
-files (memfd) is limited per file, not in sum. Without namespaces
-(`allow_unisolated`) a program reads what its user may read, reaches the network,
-and can kill what its user may kill. Windows is refused; of macOS only limits and
-process groups are used (never run there).
+Not covered: what happens while the test runs, in the program's own names. An object
+can lie in `__eq__`, a function can read the test in its caller's frame, a module
+that the test imports can be patched; a thread, a signal or a name such as `abs` can
+change what the test means. Native code (`ctypes`) can read the whole process, nonce
+included, and its SysV memory is not counted for unprivileged callers. The kernel is
+trusted: there is no system call filter. Without namespaces (`allow_unisolated`) a
+program reads what its user may read, reaches the network, and can kill what its
+user may kill. Windows is refused; of macOS only limits and process groups are used
+(never run there).
 """
 
 import contextlib
@@ -101,13 +102,16 @@ def child_code() -> bytes:
 
 def held(pid: int) -> int:
     """Bytes of memory that the processes below one hold. Linux; elsewhere 0."""
-    total = 0
+    total, files = 0, {}
     for one in room.below(pid):
         with contextlib.suppress(OSError, ValueError):
             for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines():
                 if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                     total += int(line.split()[1]) * 1024
-    return total
+            for file in os.scandir(f"/proc/{one}/fd"):
+                if os.readlink(file.path).startswith("/memfd:"):
+                    files[file.stat().st_ino] = file.stat().st_blocks * 512
+    return total + sum(files.values())
 
 
 @functools.cache
@@ -215,7 +219,7 @@ def _run(
         os.chmod(folder, 0o777)
     tasks = processes + (0 if stranger or spaces else room.own_tasks())
     limits = {
-        "AS": memory_mb << 20, "CPU": int(timeout) + 2, "NPROC": tasks,
+        "AS": memory_mb << 20, "CPU": int(timeout) + 3, "NPROC": tasks,
         "NOFILE": 64, "FSIZE": disk_mb << 20, "CORE": 0,
     }  # fmt: skip
     library = Path(os.__file__).parent
@@ -238,6 +242,8 @@ def _run(
     environment = {"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home}
     environment |= {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
     environment |= {"MALLOC_ARENA_MAX": "1"}
+    if where := os.environ.get("LD_LIBRARY_PATH"):  # Python itself may need it
+        environment["LD_LIBRARY_PATH"] = where
     stdin = anonymous_file(child_code() + marshal.dumps(job))
     python = getattr(sys, "_base_executable", sys.executable)
     kills = killed_for_memory()

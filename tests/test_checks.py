@@ -258,7 +258,9 @@ def test_gains_twins_and_the_first_loss():
     model = Albor(tiny)
     first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
     second.down_proj.weight.data.copy_(first.down_proj.weight)
-    with pytest.raises(CheckError, match=r"layers\.1\.mlp\.down_proj.*its like"):
+    with pytest.raises(
+        CheckError, match=r"layers\.1\.mlp\.down_proj.*one of its shape"
+    ):
         invariants.check_initial(model)
     model = Albor(tiny)
     loss = model.loss
@@ -275,3 +277,14 @@ def test_stable_rank_against_singular_values():
         exact = float(values.sum() / values[0])
         assert 0.99 * exact < invariants.stable_rank(w, rounds=99) < 1.02 * exact
         assert 0.99 * exact < invariants.stable_rank(w) < 1.25 * exact
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_a_matrix_drawn_from_another_block_is_found(share):
+    """Between two `up_proj` stands a `gate_proj` of the same shape."""
+    model = Albor(PRESETS["albor-tiny"])
+    one, two = (layer.mlp.up_proj.weight for layer in model.model.layers)
+    rows = math.ceil(share * len(one))
+    two.data[:rows] = one.data[:rows]
+    with pytest.raises(CheckError, match=r"layers\.1\.mlp\.up.*one of its shape"):
+        invariants.check_initial(model)

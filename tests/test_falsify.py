@@ -1,4 +1,4 @@
-"""The predictions: each verdict on data that it is due for, planted faults included."""
+"""The predictions: each verdict on data that it is due for, faults included."""
 
 import math
 from pathlib import Path

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -21,10 +22,11 @@ from albor.likelihood import (
     loglikelihood,
     perplexity,
     rolling,
+    to_stream,
 )
 from albor.model import Albor
 from albor.shapes import ModelConfig
-from albor.tokenizer import EOS, Tokenizer
+from albor.tokenizer import EOS, Tokenizer, TokenizerError
 from albor.train import evaluate_loss
 from albor.weights import CheckpointError, load_model, save_model
 
@@ -109,6 +111,15 @@ def test_loss_error_and_bytes_by_hand(model, tokenizer, theirs):
     low, high = found.interval
     assert low == pytest.approx(found.perplexity * math.exp(-1.96 * found.error))
     assert high == pytest.approx(found.perplexity * math.exp(1.96 * found.error))
+
+
+def test_texts_as_a_stream(tokenizer):
+    tokens = to_stream(tokenizer, ["größe", "", TEXT])
+    ids = [tokenizer.encode(text) for text in ("größe", TEXT)]
+    assert tokens.tolist() == [EOS, *ids[0], EOS, EOS, *ids[1], EOS]
+    assert tokens.dtype == np.uint16 and to_stream(tokenizer, []).tolist() == [EOS]
+    with pytest.raises(TokenizerError, match="one str"):
+        to_stream(tokenizer, TEXT)
 
 
 def test_the_end_of_a_document_costs_bits_and_has_no_bytes(model, tokenizer):
@@ -315,3 +326,31 @@ def test_a_foreign_tied_llama_is_judged_as_transformers_does(
     ids = tokenizer.encode("def area(width, height)")
     expected, _ = by_transformers(read, [EOS, *ids], found.tokens)
     assert found.logprob == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_foreign_folder_with_a_foreign_tokenizer(tmp_path):
+    """Refused by name; judged by its own ids as transformers does."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=331,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    backend = tokenizers.ByteLevelBPETokenizer()
+    backend.train_from_iterator([TEXT], 290, special_tokens=["<|endoftext|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*'<unk>' has id"):
+        Tokenizer.load(tmp_path)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    fast = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = [fast.token_to_id("<|endoftext|>"), *fast.encode("def area(width)").ids]
+    for count in (1, len(ids) - 1):
+        found = judge(load_model(tmp_path), ids, count)
+        expected, greedy = by_transformers(read, ids, count)
+        assert found.logprob == pytest.approx(expected, abs=1e-4)
+        assert (found.tokens, found.is_greedy) == (count, greedy)
