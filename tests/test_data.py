@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import joblib
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -353,21 +355,32 @@ def test_a_killed_run_goes_on(tokenizer, tmp_path, small_shards, workers):
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux")
 def test_a_killed_worker_is_reported(corpus, tokenizer, tmp_path, small_shards):
-    def kill_one(done, total):
-        mine = f"\nPPid:\t{os.getpid()}\n"
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                ours = mine in (process / "status").read_text()
-                worker = b"popen_loky" in (process / "cmdline").read_bytes()
-            except OSError:  # it has ended meanwhile
-                continue
-            if ours and worker:
-                os.kill(int(process.name), signal.SIGKILL)
+    over = threading.Event()
 
-    with pytest.raises(
-        DataError, match=r"worker process was killed.*than 2 workers"
-    ):
-        prepare(corpus, tokenizer, tmp_path, workers=2, on_progress=kill_one)
+    def kill_one():  # the first that starts, before it can have done all the work
+        mine = f"\nPPid:\t{os.getpid()}\n"
+        while not over.wait(0.002):
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    ours = mine in (process / "status").read_text()
+                    worker = b"popen_loky" in (process / "cmdline").read_bytes()
+                except OSError:  # it has ended meanwhile
+                    continue
+                if ours and worker:
+                    os.kill(int(process.name), signal.SIGKILL)
+                    return
+
+    joblib.externals.loky.get_reusable_executor().shutdown(wait=True)
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        with pytest.raises(
+            DataError, match=r"worker process was killed.*than 2 workers"
+        ):
+            prepare(corpus, tokenizer, tmp_path, workers=2)
+    finally:
+        over.set()
+        killer.join()
     folder = prepare(corpus, tokenizer, tmp_path, workers=2)
     assert is_whole(folder)
 
