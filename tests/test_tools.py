@@ -289,6 +289,10 @@ def test_a_folder_counts_with_what_is_committed_in_it(project):
         ('root / "settings" / "a.txt"', {"settings/a.txt"}),
         ('root / "book" / "intro.md"', {"book/intro.md"}),
         ('open("./book/intro.md")', {"book/intro.md"}),
+        ('open(f"settings/{chr(97)}.txt")', {"settings/a.txt"}),
+        ('open(f"settings/{chr(97)}.md")', {"settings/a.txt"}),  # its folder counts
+        ('open(f"book/in{chr(116)}ro.md")', {"book/intro.md"}),
+        ('open(f"{chr(98)}ook/intro.md")', set()),  # might be anything
         ('["book", "notebooks", "albor", "_toc.yml", ".", ""]', set()),
     ],
 )

@@ -250,11 +250,16 @@ def imported_modules(tree: ast.AST) -> set[str]:
 
 @cache
 def strings(tree: ast.AST) -> set[str]:
-    """All string constants, parts of f-strings too, and paths joined by `/`."""
+    """All string constants, and paths joined by `/`; an f-string has `*` for a value.
+
+    The constant parts of an f-string are there by themselves, too.
+    """
 
     def joined(node: ast.AST) -> str:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             return node.value
+        if isinstance(node, ast.JoinedStr):
+            return "".join(joined(part) or "*" for part in node.values)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             return "/".join(filter(None, [joined(node.left), joined(node.right)]))
         return ""
@@ -297,14 +302,17 @@ def files_named(tree: ast.AST, committed: dict[str, set[str]]) -> set[str]:
 
     A string that is the path of a committed file counts as reading it; the path of
     a folder (or the start of an f-string: "configs/train/") counts as reading all
-    that is committed in it. The words in NAMES are no paths by themselves.
+    that is committed in it; `*` in a path, which is what an f-string's values are
+    here, counts for any text. The words in NAMES are no paths by themselves.
     """
     found = set()
     for text in strings(tree):
         name = text.removeprefix("./").rstrip("/")
         if name not in NAMES:
             found |= committed.get(name, set())
-    return found
+        if "/" in name.partition("*")[0] and "*" in name:
+            found |= {file for file in committed if fnmatch.fnmatchcase(file, name)}
+    return {file for file in found if committed[file] == {file}}  # no folders
 
 
 def dependencies(chapter: Chapter) -> dict[str, str]:
