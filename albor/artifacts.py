@@ -222,15 +222,16 @@ def split_torn(data: bytes) -> tuple[bytes, bytes]:
     return data, b""
 
 
-def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
-    """Add one record as one line, in one write, after cutting off a torn end.
+def append_jsonl(path: str | Path, *records: dict[str, Any]) -> None:
+    """Add each record as one line, in one write, after cutting off a torn end.
 
     No fsync: a killed process loses nothing, since the kernel holds the bytes; a
     power cut may lose a log's last seconds, which costs less than a sync per step.
     """
-    if not isinstance(record, dict):
-        raise ArtifactError(f"a record is a mapping of keys, got {record!r}")
-    line = to_json(record).encode() + b"\n"
+    for record in records:
+        if not isinstance(record, dict):
+            raise ArtifactError(f"a record is a mapping of keys, got {record!r}")
+    line = "".join(to_json(record) + "\n" for record in records).encode()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+", buffering=0) as file:
         if size := file.seek(0, os.SEEK_END):

@@ -109,7 +109,7 @@ class Batches:
         self.resident = load(self.stream, self.device) if resident else None
         home = self.device if resident else torch.device("cpu")
         self.window = torch.arange(seq_len + 1, device=home)
-        self.epoch, self.order = -1, self.window[:0]
+        self.orders: dict[int, torch.Tensor] = {}  # of the epochs at hand
         self.pinned: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         if self.device.type == "cuda" and not resident:
             shape = (batch_size // ranks, seq_len + 1)
@@ -128,14 +128,29 @@ class Batches:
         order = torch.from_numpy(np.argsort(keys, kind="stable"))
         return order.to(self.window.device)
 
+    def look_ahead(self, start: int, end: int) -> None:
+        """Sort the epochs of steps start to end - 1, and forget all others.
+
+        Sorting is the host's work, and its result a copy to the device: done here,
+        none of these steps has to wait for it.
+        """
+        first, last = (max(0, n) // self.steps_per_epoch for n in (start, end - 1))
+        self.orders = {
+            epoch: self.orders[epoch]
+            if epoch in self.orders
+            else self.permutation(epoch)
+            for epoch in range(first, last + 1)
+        }
+
     def places(self, step: int) -> torch.Tensor:
         """Numbers of the rows that this rank takes at a step: int64 (B,)."""
         if step < 0:
             raise DataError(f"step must be at least 0, got {step}")
         epoch, within = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:  # sorted once an epoch, without a look at any other
-            self.epoch, self.order = epoch, self.permutation(epoch)
-        return self.order[within * self.batch_size :][: self.batch_size][self.share]
+        if epoch not in self.orders:  # without a look at any epoch before
+            self.look_ahead(step, step + 1)
+        order = self.orders[epoch]
+        return order[within * self.batch_size :][: self.batch_size][self.share]
 
     def rows_of(self, step: int) -> list[int]:
         """The same as a list, to say which rows a bad step has read."""

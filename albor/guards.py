@@ -127,9 +127,11 @@ def check_settings(
             decays = c.decay == "all" or p.dim() == 2
             due["weight_decay"] = c.weight_decay if decays else 0.0
             for key, value in due.items():
-                if not np.allclose(group[key], value, rtol=1e-6, atol=1e-15):
+                have = group[key]  # a rate may be a tensor
+                now = [float(x) for x in (have if key == "betas" else [have])]
+                if not np.allclose(now, value, rtol=1e-6, atol=1e-15):
                     raise CheckError(
-                        f"{names.get(p, tuple(p.shape))}: {key} is {group[key]} at "
+                        f"{names.get(p, tuple(p.shape))}: {key} is {have} at "
                         f"step {step}, and {value} in the recipe; build the "
                         "optimizer from it, and set the rate before each update"
                     )

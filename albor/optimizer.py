@@ -16,9 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from albor.config import OptimizerConfig
+from albor.config import OptimizerConfig, Recipe
 
-__all__ = ["build_optimizer", "clip_by_global_norm", "lr_at", "parameter_groups"]
+__all__ = [
+    "build_optimizer",
+    "clip_by_global_norm",
+    "lr_at",
+    "parameter_groups",
+    "scheduled_rate",
+]
 
 
 def lr_at(
@@ -58,6 +64,19 @@ def lr_at(
     progress = (step - warmup_steps) / (max_steps - 1 - warmup_steps)
     share = (1 + math.cos(math.pi * progress)) / 2
     return share * peak + (1 - share) * floor
+
+
+def scheduled_rate(recipe: Recipe, step: int) -> float:
+    """The learning rate that a recipe asks for at a step."""
+    plan = recipe.training
+    return lr_at(
+        step,
+        peak=recipe.optimizer.lr,
+        warmup_steps=plan.warmup_steps,
+        max_steps=plan.max_steps,
+        min_ratio=plan.min_lr_ratio,
+        scheduler=plan.lr_scheduler,
+    )
 
 
 def parameter_groups(
@@ -100,6 +119,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=devices <= {"cpu", "cuda"},
+        capturable=devices == {"cuda"},  # a CUDA graph may record the update
     )
 
 

@@ -13,13 +13,11 @@ The loop takes callables for what it does not own: evaluating, saving, inspectin
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,23 +26,27 @@ import torch
 from albor.artifacts import append_jsonl, read_jsonl, truncate_jsonl
 from albor.batches import Batches
 from albor.checkpoint import latest_state
-from albor.config import ConfigError, Recipe
+from albor.config import ConfigError, Recipe, TrainingConfig
+from albor.hardware import memory_explained
 from albor.model import Albor
-from albor.optimizer import lr_at
+from albor.optimizer import scheduled_rate as scheduled_rate  # to be had here
+from albor.resident import Stepper, collection_paused, signals_held_back
 from albor.shards import DataError, TokenStream
-from albor.step import StepResult, train_step
+from albor.step import StepResult
 
 __all__ = [
+    "LOG_SECONDS",
+    "MEND",
     "METRICS",
+    "MOST_STEPS",
     "NonFiniteError",
     "Summary",
     "evaluate_loss",
     "metrics_record",
+    "next_log",
     "progress_line",
     "refuse_mismatch",
     "resume_metrics",
-    "scheduled_rate",
-    "signals_held_back",
     "train",
 ]
 
@@ -104,37 +106,17 @@ class NonFiniteError(RuntimeError):
             back = "none is saved"
         super().__init__(
             f"step {step} is not finite: loss {result.loss}, gradient norm "
-            f"{result.grad_norm}{scale}, on the training rows {rows}. Weights and "
-            f"moments are as they were before it; {back}. Look at those rows, or "
+            f"{result.grad_norm}{scale}, on the training rows {rows}. It changed no "
+            f"weight and no moment; {back}. Look at those rows, or "
             "lower optimizer.lr, or use precision fp32"
         )
 
 
-@contextmanager
-def signals_held_back() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in a list, to be obeyed where it does no damage.
-
-    A second signal interrupts at once. Outside the main thread, where Python allows
-    no handlers, nothing is held back.
-    """
-    came: list[int] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1:
-            raise KeyboardInterrupt
-
-    main = threading.current_thread() is threading.main_thread()
-    held = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.signal(number, hold) for number in held}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-
 METRICS = "metrics.jsonl"
+MEND = (
+    "Take a smaller micro-batch (data.batch_size; the accumulation can grow), set "
+    "training.recompute, or free the device. What is saved is safe: resume"
+)
 
 
 def resume_metrics(path: Path, start_step: int) -> None:
@@ -163,20 +145,9 @@ def progress_line(
     return f"step {done}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  {speed}"
 
 
-def scheduled_rate(recipe: Recipe, step: int) -> float:
-    """The learning rate that a recipe asks for at a step."""
-    plan = recipe.training
-    return lr_at(
-        step,
-        peak=recipe.optimizer.lr,
-        warmup_steps=plan.warmup_steps,
-        max_steps=plan.max_steps,
-        min_ratio=plan.min_lr_ratio,
-        scheduler=plan.lr_scheduler,
-    )
-
-
-def metrics_record(step: int, result: StepResult, lr: float) -> dict[str, Any]:
+def metrics_record(
+    step: int, result: StepResult, lr: float, tokens: int
+) -> dict[str, Any]:
     """A line of the log. JSON knows no NaN, so a skipped step has no norm."""
     return {
         "step": step,
@@ -185,6 +156,7 @@ def metrics_record(step: int, result: StepResult, lr: float) -> dict[str, Any]:
         "grad_norm": result.grad_norm if result.finite else None,
         "clip": result.clip,
         "scale": result.scale,
+        "tokens": tokens,
     }
 
 
@@ -203,6 +175,13 @@ def refuse_mismatch(batches: Batches, recipe: Recipe, start_step: int) -> None:
         )
 
 
+def next_log(done: int, every: int, plan: TrainingConfig) -> int:
+    """After how many steps the host looks again: `every`, or what comes before."""
+    marks = [plan.save_interval, plan.eval_interval]
+    due = [done + mark - done % mark for mark in marks if mark]
+    return min([done + every, plan.max_steps, *due])
+
+
 @dataclass(frozen=True)
 class Summary:
     """How a call of `train` ended."""
@@ -213,6 +192,10 @@ class Summary:
     seconds: float  # of this call spent in steps: no saving, no evaluating
 
 
+LOG_SECONDS = 1.0  # on a GPU the host looks about so often; on a CPU at every step
+MOST_STEPS = 64  # in one look
+
+
 def train(
     model: Albor,
     optimizer: torch.optim.Optimizer,
@@ -221,9 +204,6 @@ def train(
     *,
     output_dir: str | Path,
     start_step: int = 0,
-    micro_batch: int = 0,
-    precision: str = "fp32",
-    scaler: torch.amp.GradScaler | None = None,
     evaluate: Callable[[], float] | None = None,
     save: Callable[[int], object] | None = None,
     inspect: Callable[[int, StepResult], object] | None = None,
@@ -231,15 +211,20 @@ def train(
     save_minutes: float = 5.0,
     max_minutes: float = 0.0,
     log_seconds: float = 5.0,
+    log_interval: int = 0,
+    **options: Any,
 ) -> Summary:
     """Train from `start_step` to `recipe.training.max_steps`.
 
     `evaluate()` gives a validation loss, `save(n)` keeps the state after n steps,
-    `inspect(step, result)` sees every step while its gradients are there,
-    `on_log(record, seconds_left)` sees the first step, the last, evaluations, and
-    a step every `log_seconds`. It saves every `save_interval` steps, every
-    `save_minutes`, and at the end; `max_minutes` of this call end the run early. 0
-    turns any of these off.
+    `inspect(step, result)` sees the last step of a look while its gradients are
+    there, `on_log(record, seconds_left)` sees the first step, the last,
+    evaluations, and a step every `log_seconds`. It saves every `save_interval`
+    steps, every `save_minutes`, and at the end; `max_minutes` of this call end the
+    run early. 0 turns any of these off.
+
+    `log_interval`: steps from one look at the results to the next; 0 means each
+    step on a CPU, and about a second on a GPU. `options`: of `Stepper`.
     """
     plan, metrics = recipe.training, Path(output_dir) / METRICS
     refuse_mismatch(batches, recipe, start_step)
@@ -247,43 +232,48 @@ def train(
         return Summary(start_step, True, 0, 0.0)
     resume_metrics(metrics, start_step)
     model.train()
+    rates = [scheduled_rate(recipe, step) for step in range(plan.max_steps)]
+    options = {"capacity": max(MOST_STEPS, log_interval), **options}
+    stepper = Stepper(model, optimizer, rates, grad_clip=plan.grad_clip, **options)
     tokens = batches.batch_size * batches.seq_len  # per step
-    began = saved = logged = time.monotonic()
+    began = saved = told = time.monotonic()
     spent, spent_then, done_then = 0.0, 0.0, start_step  # seconds in steps alone
-    with signals_held_back() as signals:
-        for step in range(start_step, plan.max_steps):
-            tick = time.monotonic()
-            result = train_step(
-                model,
-                optimizer,
-                *batches.step(step),
-                lr=scheduled_rate(recipe, step),
-                grad_clip=plan.grad_clip,
-                micro_batch=micro_batch,
-                precision=precision,
-                scaler=scaler,
-            )
-            now, done = time.monotonic(), step + 1
+    done, look = start_step, start_step + 1
+    with (
+        signals_held_back() as signals,
+        collection_paused() as collect,
+        memory_explained(batches.device, MEND),
+    ):
+        while done < plan.max_steps and not signals:
+            first, tick = done, time.monotonic()
+            batches.look_ahead(first, look)
+            for step in range(first, look):
+                stepper.queue(step, *batches.step(step))
+            results = stepper.read()  # here the host waits; nowhere else
+            now, done = time.monotonic(), look
             spent += now - tick
-            if not result.finite and not result.skipped:
-                state = latest_state(output_dir)
-                raise NonFiniteError(step, result, batches.rows_of(step), state)
+            records = []
+            for step, result in enumerate(results, start=first):
+                if not result.finite and not result.skipped:
+                    append_jsonl(metrics, *records)
+                    state = latest_state(output_dir)
+                    raise NonFiniteError(step, result, batches.rows_of(step), state)
+                records.append(metrics_record(step, result, rates[step], tokens))
             if inspect:
-                inspect(step, result)
-            record = metrics_record(step, result, optimizer.param_groups[0]["lr"])
-            record["tokens"] = tokens
+                inspect(done - 1, results[-1])
             last = done == plan.max_steps or 0 < max_minutes * 60 <= now - began
             judge = last or (plan.eval_interval and done % plan.eval_interval == 0)
             if evaluate and judge and not signals:
-                record["val_loss"] = evaluate()
-            tell = last or step == start_step or "val_loss" in record
-            if tell or 0 < log_seconds <= now - logged:
+                records[-1]["val_loss"] = evaluate()
+            tell = last or first == start_step or "val_loss" in records[-1]
+            if tell or 0 < log_seconds <= now - told:
                 pace = (spent - spent_then) / (done - done_then)  # seconds per step
-                record["tokens_per_second"] = tokens / pace
-                logged, spent_then, done_then = now, spent, done
+                records[-1]["tokens_per_second"] = tokens / pace
+                told, spent_then, done_then = now, spent, done
+                collect()
                 if on_log:
-                    on_log(record, pace * (plan.max_steps - done))
-            append_jsonl(metrics, record)
+                    on_log(records[-1], pace * (plan.max_steps - done))
+            append_jsonl(metrics, *records)
             keep = plan.save_interval and done % plan.save_interval == 0
             stop = last or bool(signals)
             if save and (keep or stop or 0 < save_minutes * 60 <= now - saved):
@@ -293,6 +283,11 @@ def train(
                 saved = time.monotonic()
             if stop:
                 break
+            every = log_interval or 1
+            if not log_interval and batches.device.type == "cuda":
+                pace = (now - tick) / (done - first)
+                every = max(1, min(MOST_STEPS, int(LOG_SECONDS / pace)))
+            look = next_log(done, every, plan)
     if signals:
         signal.raise_signal(signals[0])  # all is saved: now do as we are told
     return Summary(
