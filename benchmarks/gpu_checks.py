@@ -43,6 +43,7 @@ from albor.checkpoint import load_state, save_state
 from albor.config import ModelConfig, OptimizerConfig
 from albor.model import Albor
 from albor.optimizer import build_optimizer
+from albor.profile import count_events, refuse_waits, step_parts
 from albor.step import make_scaler, train_step
 from benchmarks.machine import ROOT, about
 
@@ -69,11 +70,11 @@ class NotHere(RuntimeError):
 # ---- What the checks share ----
 
 
-def text(seed: int = 0, rows: int = ROWS) -> tuple[Tensor, Tensor]:
-    """Random ids and targets (rows, LENGTH), on the CPU."""
-    draw = torch.Generator().manual_seed(seed)
+def text(device: torch.device, rows: int = ROWS) -> tuple[Tensor, Tensor]:
+    """Random ids and targets (rows, LENGTH), the same on every device."""
+    draw = torch.Generator().manual_seed(0)
     ids = torch.randint(SHAPE.vocab_size, (rows, LENGTH + 1), generator=draw)
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return ids[:, :-1].contiguous().to(device), ids[:, 1:].contiguous().to(device)
 
 
 def gradients(model: Albor) -> dict[str, Tensor]:
@@ -143,7 +144,7 @@ def deterministic() -> Iterator[list[str]]:
 def agreement(device: torch.device) -> Found:
     """Logits, loss and gradients in float32 on the device against float64."""
     torch.set_float32_matmul_precision("highest")
-    ids, targets = text()
+    ids, targets = text(torch.device("cpu"))
     exact, model = Albor(SHAPE, seed=0).double(), Albor(SHAPE, seed=0).to(device)
     wanted, logits = exact(ids), model(ids.to(device))
     loss64 = exact.loss(ids, targets)
@@ -165,7 +166,7 @@ def agreement(device: torch.device) -> Found:
 
 def halves(device: torch.device) -> Found:
     """bf16 and fp16 under autocast against float32, on the device."""
-    ids, targets = (part.to(device) for part in text())
+    ids, targets = text(device)
     model = Albor(SHAPE, seed=0).to(device)
     model.loss(ids, targets).backward()
     right, found, ok = gradients(model), {}, True
@@ -197,7 +198,8 @@ def overflow(device: torch.device) -> Found:
     scaler = make_scaler("fp16", device)
     assert scaler is not None
     scaler.load_state_dict(scaler.state_dict() | {"scale": START})
-    batch = [part.to(device) for part in text()]
+    rows = ROWS if device.type == "cuda" else 1  # in fp16 a CPU crawls
+    batch = text(device, rows)
     how: dict[str, Any] = {"lr": RATE, "precision": "fp16", "scaler": scaler}
     before, scales, unchanged = fingerprint(model), [START], True
     while (result := train_step(model, optimizer, *batch, **how)).skipped:
@@ -227,14 +229,14 @@ def overflow(device: torch.device) -> Found:
 
 # ---- Copies and waits ----
 
-SYNC = re.compile(r"cuda(Device|Stream|Event)Synchronize|cudaMemcpy\b")
+WAIT = re.compile(r"cuda(Device|Stream|Event)Synchronize|cudaMemcpy")
 
 
-def count_events(work: Callable[[], object]) -> Found:
-    """Copies and waits of `work`, as the profiler sees the driver do them.
+def read_again(work: Callable[[], object]) -> Found:
+    """Copies and waits from the profiler's own list of events.
 
-    The profiler waits for the device when it closes; only waits that begin while
-    `work` runs are counted. Copies may end later, so all of them are.
+    `albor.profile` reads them from the trace that the profiler writes; two readings
+    must agree. Waits count if they begin while `work` runs: closing waits as well.
     """
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
@@ -242,20 +244,35 @@ def count_events(work: Callable[[], object]) -> Found:
             work()
         torch.cuda.synchronize()
     events = [*profile.events()]
-    whole = next(e.time_range for e in events if e.name == "the work")
-    inside = [e for e in events if whole.start <= e.time_range.start <= whole.end]
-    on_device = [e for e in events if "cuda" in str(e.device_type).lower()]
-    names = [e.name for e in on_device]
+    host = [e for e in events if "cuda" not in str(e.device_type).lower()]
+    names = [e.name for e in events if "cuda" in str(e.device_type).lower()]
+    whole = next(e.time_range for e in host if e.name == "the work")
+    inside = [e for e in host if whole.start <= e.time_range.start <= whole.end]
     return {
         "up": sum("Memcpy HtoD" in name for name in names),
         "down": sum("Memcpy DtoH" in name for name in names),
-        "within": sum("Memcpy DtoD" in name for name in names),
-        "waits": sum(bool(SYNC.fullmatch(e.name)) for e in inside),
-        "kernels": sum("Mem" not in name[:3] for name in names),
-        "attention": sorted(
-            {n[:100] for n in names if re.search("flash|fmha|attention|sdpa", n)}
-        ),
+        "waits": sum(bool(WAIT.fullmatch(e.name)) for e in inside),
     }
+
+
+def count(work: Callable[[], object], device: torch.device) -> Found:
+    """Copies and waits of `work`, read in two ways, and what else the trace says."""
+    seen = count_events(work, device)
+    found: Found = {
+        "up": seen.number("HtoD"),
+        "down": seen.number("DtoH"),
+        "waits": sum(seen.waits.values()),
+        "bytes": {kind: size for kind, (_, size) in seen.copies.items()},
+        "launches": seen.launches,
+    }
+    if device.type == "cuda":
+        found["read_again"] = read_again(work)
+    return found
+
+
+def three(found: Found) -> tuple[int, ...]:
+    """Copies up, copies down, waits."""
+    return tuple(found[kind] for kind in ("up", "down", "waits"))
 
 
 def queue_steps(device: torch.device) -> tuple[Callable[[int], None], Any]:
@@ -263,9 +280,9 @@ def queue_steps(device: torch.device) -> tuple[Callable[[int], None], Any]:
     model, optimizer = begin(device)
     batches, history, at = stream(device), steps.History(16, device), 0
 
-    def take(count: int) -> None:
+    def take(number: int) -> None:
         nonlocal at
-        for _ in range(count):
+        for _ in range(number):
             row = steps.enqueue_step(
                 model, optimizer, *batches.step(at), precision="bf16"
             )
@@ -278,9 +295,7 @@ def queue_steps(device: torch.device) -> tuple[Callable[[int], None], Any]:
 
 
 def copies(device: torch.device) -> Found:
-    """Copies and waits per step, of planted ones, at a log, and in a naive loop."""
-    if device.type != "cuda":
-        raise NotHere("the profiler sees the copies of a CUDA driver alone")
+    """Copies and waits of ten steps, of a log, of planted ones, of a naive loop."""
     one, there = torch.ones(1, device=device), torch.ones(1000)
 
     def plant() -> None:
@@ -289,10 +304,10 @@ def copies(device: torch.device) -> Found:
 
     take, history = queue_steps(device)
     model, optimizer = begin(device)
-    batch = text()
+    batch = text(device)
 
     def naive() -> None:
-        ids, targets = (part.to(device) for part in batch)
+        ids, targets = (part.cpu().to(device) for part in batch)
         optimizer.zero_grad()
         loss = model.loss(ids, targets)
         loss.backward()
@@ -302,32 +317,38 @@ def copies(device: torch.device) -> Found:
 
     naive()
     found = {
-        "planted": count_events(plant),
-        "ten_steps": count_events(lambda: take(10)),
-        "a_log": count_events(history.read),
-        "naive_step": count_events(naive),
+        "planted": count(plant, device),
+        "ten_steps": count(lambda: take(10), device),
+        "a_log": count(history.read, device),
+        "naive_step": count(naive, device),
     }
-    planted, ten = found["planted"], found["ten_steps"]
-    seen = (planted["up"], planted["down"], planted["waits"]) == (1, 1, 2)
-    none = (ten["up"], ten["down"], ten["waits"]) == (0, 0, 0)
-    return found | {"control_seen": seen, "ok": seen and none}
+    if device.type != "cuda":
+        raise NotHere("on a CPU there is no one to copy to or to wait for")
+    found["attention_kernels"] = step_parts(
+        lambda: take(2), device
+    ).attention_kernels
+    agree = all(
+        three(found[k]) == three(found[k]["read_again"])
+        for k in found
+        if k in ("planted", "ten_steps")
+    )
+    seen = three(found["planted"]) == (1, 1, 2)
+    none = three(found["ten_steps"]) == (0, 0, 0)
+    ok = agree and seen and none
+    return found | {"control_seen": seen, "readings_agree": agree, "ok": ok}
 
 
 def no_waits(device: torch.device) -> Found:
     """Ten steps where PyTorch raises an error at the first wait; a planted one."""
-    if device.type != "cuda":
-        raise NotHere("a CPU has no one to wait for")
     take, _ = queue_steps(device)
     one, planted = torch.ones(1, device=device), ""
-    torch.cuda.set_sync_debug_mode("error")
+    refuse_waits(lambda: take(10), device)
+    if device.type != "cuda":
+        raise NotHere("on a CPU there is no one to wait for")
     try:
-        take(10)
-        try:
-            one.item()
-        except RuntimeError as error:
-            planted = str(error).split("\n")[0]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        refuse_waits(one.item, device)
+    except RuntimeError as error:
+        planted = str(error).split("\n")[0]
     return {"steps": 10, "planted_wait_raised": planted, "ok": bool(planted)}
 
 
@@ -335,7 +356,7 @@ def no_waits(device: torch.device) -> Found:
 
 
 def determinism(device: torch.device) -> Found:
-    """Two runs of a seed with deterministic kernels; another seed; plain kernels."""
+    """Two runs of a seed with deterministic kernels; of another; plain kernels."""
 
     def run(seed: int = 0) -> str:
         model, optimizer = begin(device, seed)
@@ -379,7 +400,7 @@ def resume(device: torch.device) -> Found:
 def compiled(device: torch.device) -> Found:
     """The compiled loss and its gradients against the eager ones, in bf16."""
     backend = "inductor" if device.type == "cuda" else "aot_eager"
-    batch = [part.to(device) for part in text()]
+    batch = text(device)
     model = Albor(SHAPE, seed=0).to(device)
     fast = torch.compile(model.loss, fullgraph=True, dynamic=False, backend=backend)
     found: dict[str, tuple[float, Tensor]] = {}
@@ -408,7 +429,7 @@ def graph(device: torch.device) -> Found:
     """A step captured as a CUDA graph and replayed, against eager steps."""
     if device.type != "cuda":
         raise NotHere("CUDA graphs need CUDA")
-    batch = [part.to(device) for part in text()]
+    batch = text(device)
 
     def build() -> tuple[Albor, Callable[[], Tensor]]:
         model = Albor(SHAPE, seed=0).to(device)
