@@ -256,7 +256,7 @@ def read_again(work: Callable[[], object]) -> Found:
 
 
 def count(work: Callable[[], object], device: torch.device) -> Found:
-    """Copies and waits of `work`, read in two ways, and what else the trace says."""
+    """Copies and waits of `work` in two readings, and what else the trace says."""
     seen = count_events(work, device)
     found: Found = {
         "up": seen.number("HtoD"),
@@ -304,10 +304,10 @@ def copies(device: torch.device) -> Found:
 
     take, history = queue_steps(device)
     model, optimizer = begin(device)
-    batch = text(device)
+    batch = text(torch.device("cpu"))
 
     def naive() -> None:
-        ids, targets = (part.cpu().to(device) for part in batch)
+        ids, targets = (part.to(device) for part in batch)
         optimizer.zero_grad()
         loss = model.loss(ids, targets)
         loss.backward()
