@@ -269,10 +269,15 @@ def seconds_of_steps(lines: list[Found]) -> list[float]:
 
 
 def timed_recipe(place: Place, steps: int, warmup: int) -> Path:
-    """The recipe with that schedule, in the work folder; comments and all."""
+    """The recipe with that schedule, in the work folder; comments and all.
+
+    Of a run's states the clock decides; its held-out text is judged eight times.
+    """
+    changes = {"max_steps": steps, "warmup_steps": warmup, "save_interval": 0}
+    changes["eval_interval"] = steps // 8
     name = "pretrain-tiny" if place.rehearse else "pretrain-350m-timed"
     text = (ROOT / f"configs/train/{name}.yaml").read_text(encoding="utf-8")
-    for key, value in (("max_steps", steps), ("warmup_steps", warmup)):
+    for key, value in changes.items():
         text, count = re.subn(rf"(?m)^(  {key}: )\d+", rf"\g<1>{value}", text)
         assert count == 1, key
     path = place.work / f"{name}.yaml"
