@@ -121,7 +121,8 @@ class Usual:
         inputs, targets = taken[:, :-1].contiguous(), taken[:, 1:].contiguous()
         for group in self.optimizer.param_groups:
             group["lr"] = self.job.rates[number]
-        size, total = self.job.micro_batch, 0.0
+        size = self.job.micro_batch
+        total = torch.zeros((), device=self.job.device)
         for i in range(0, len(inputs), size):
             if self.job.settings.get("compile") == "reduce-overhead":
                 torch.compiler.cudagraph_mark_step_begin()
@@ -129,7 +130,7 @@ class Usual:
                 part = self.loss(inputs[i : i + size], targets[i : i + size])
             part = part * (size / len(inputs))
             part.backward()
-            total = total + part.detach()
+            total += part.detach()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.job.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -5,6 +5,8 @@ fused attention call, all logits at once, cross-entropy from `torch`. The
 mathematics is Albor's; none of its choices for speed are here.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,21 +87,27 @@ class Layer(nn.Module):
 class Plain(nn.Module):
     """Ids and targets (B, T) to the mean cross-entropy."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        embedding = nn.Embedding(c.vocab_size, c.hidden_size)
-        layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
-        parts = {"embed_tokens": embedding, "norm": Norm(c), "layers": layers}
-        self.model = nn.ModuleDict(parts)
+        self.model = nn.Module()  # for the names that the weights have
+        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.model.norm = Norm(c)
+        self.model.layers = nn.ModuleList(
+            Layer(c) for _ in range(c.num_hidden_layers)
+        )
         rates = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
         angles = torch.outer(torch.arange(c.max_position_embeddings), rates)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        embed, T = self.model["embed_tokens"], ids.shape[1]
-        x = embed(ids)
-        for layer in self.model["layers"]:
-            x = layer(x, self.cos[:T], self.sin[:T])
-        logits = F.linear(self.model["norm"](x), embed.weight)
+        model: Any = self.model
+        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
+        x = model.embed_tokens(ids)
+        for layer in model.layers:
+            x = layer(x, cos, sin)
+        logits = F.linear(model.norm(x), model.embed_tokens.weight)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

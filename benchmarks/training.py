@@ -201,12 +201,14 @@ def run_rounds(
     timeout: float,
 ) -> list[dict[str, Any]]:
     """All arms, `rounds` times. `arms`: name -> (arm to run, its settings)."""
-    draw, found, sizes = random.Random(shuffle), [], {}
+    draw, sizes = random.Random(shuffle), dict[str, int]()
+    found: list[dict[str, Any]] = []
     for number in range(rounds):
         order = list(arms)
         if shuffle is not None:
             draw.shuffle(order)
-        load, results = os.getloadavg()[0], {}
+        load = round(os.getloadavg()[0], 1)
+        results: dict[str, dict[str, Any]] = {}
         for name in order:
             kind, settings = arms[name]
             earlier = found[0]["arms"][name] if found else {"status": "measured"}
@@ -229,7 +231,7 @@ def run_rounds(
                 f"round {number + 1}  {name:<24} {said}  ({spent:.0f} s)",
                 flush=True,
             )
-        found.append({"order": order, "load": round(load, 1), "arms": results})
+        found.append({"order": order, "load": load, "arms": results})
     return found
 
 
@@ -369,6 +371,7 @@ def about(job: Job) -> dict[str, Any]:
 def choose_arms(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Name -> (arm, settings), in order; and the arm that ratios are taken to."""
     device = pick_device(given.device).type
+    known: dict[str, tuple[str, dict[str, Any]]]
     if given.ablate:
         known = {"ours": ("ours", {})}
         for name, (devices, settings) in ABLATIONS.items():
