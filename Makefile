@@ -14,8 +14,8 @@ OUT ?= runs/gpu
 STAGE ?= all
 
 .DEFAULT_GOAL = help
-.PHONY: help pretrain corpus test check notebooks adopt new book browse lab lock clean \
-	wheelhouse gpu-evidence
+.PHONY: help pretrain corpus bench test check notebooks adopt new book browse lab lock \
+	wheelhouse gpu-evidence clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ pretrain: $(READY) ## Train a model: the main job (ARGS="-p max_steps 50" for pa
 corpus: $(READY) ## Fetch the pinned packages of a manifest (MANIFEST=... for another)
 	$(BIN)/python -c "import sys; sys.tracebacklimit = 0; \
 		from albor.manifest import fetch; fetch(sys.argv[1])" "$(MANIFEST)"
+
+bench: $(READY) ## Time a training step beside its peers (ARGS="--help" for more)
+	$(BIN)/python -m benchmarks.training $(ARGS)
 
 test: $(READY) ## Run every test, and every cell of every notebook against its stored output
 	$(BIN)/python -m pytest --nbval -n auto --dist loadfile \

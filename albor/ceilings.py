@@ -61,7 +61,7 @@ def median_seconds(
 ) -> float:
     """Median time of `run`, after a warm-up, over about so many seconds of runs.
 
-    At least 5. On CUDA all are queued between pairs of events before the first is
+    At least 3. On CUDA all are queued between pairs of events before the first is
     waited for, so that the time to launch does not count.
     """
     run()
@@ -72,8 +72,7 @@ def median_seconds(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     number = int(seconds / max(time.perf_counter() - tick, 1e-6))
-    number = max(5, min(number, 1000))
-    times = []
+    number, times = max(3, min(number, 1000)), []
     if device.type == "cuda":
         pairs = [
             [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -120,8 +119,8 @@ def ceilings(
     if precision not in kinds:
         raise ValueError(f"precision is {precision!r}; use {' or '.join(kinds)}")
     cuda, dtype = device.type == "cuda", kinds[precision]
-    sizes = (4096, 8192) if cuda else (1024, 2048)
-    layer = (16384, 1024, 4096) if cuda else (2048, 1024, 4096)
+    sizes = (4096, 8192) if cuda else (512, 1024)
+    layer = (16384, 1024, 4096) if cuda else (1024, 1024, 4096)
     chosen = tuple(shapes) or (*((n, n, n) for n in sizes), layer)
     each = seconds / (3 * len(chosen) + 1)
     products = {}

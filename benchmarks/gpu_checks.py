@@ -43,7 +43,7 @@ from albor.checkpoint import load_state, save_state
 from albor.config import ModelConfig, OptimizerConfig
 from albor.model import Albor
 from albor.optimizer import build_optimizer
-from albor.profile import count_events, refuse_waits, step_parts
+from albor.profiling import count_events, refuse_waits, step_parts
 from albor.step import make_scaler, train_step
 from benchmarks.machine import ROOT, about
 
@@ -235,7 +235,7 @@ WAIT = re.compile(r"cuda(Device|Stream|Event)Synchronize|cudaMemcpy")
 def read_again(work: Callable[[], object]) -> Found:
     """Copies and waits from the profiler's own list of events.
 
-    `albor.profile` reads them from the trace that the profiler writes; two readings
+    `albor.profiling` reads them from the trace that the profiler writes; two readings
     must agree. Waits count if they begin while `work` runs: closing waits as well.
     """
     kinds = torch.profiler.ProfilerActivity

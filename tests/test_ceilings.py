@@ -59,7 +59,7 @@ def test_median_seconds_is_the_time_of_one_call() -> None:
 
     seconds = median_seconds(run, CPU, 0.1)
     assert 0.009 < seconds < 0.04
-    assert len(calls) >= 7  # a warm-up, a look, five
+    assert len(calls) >= 5  # a warm-up, a look, three
 
 
 def test_ceilings_of_this_machine() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from albor.config import OptimizerConfig
 from albor.model import Albor
 from albor.optimizer import build_optimizer, clip_by_global_norm
-from albor.profile import (
+from albor.profiling import (
     MARK,
     Record,
     collect,
@@ -33,7 +33,7 @@ CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="counts what a GPU's driver does"
 )
 
-# Names as CUDA builds of PyTorch, cuBLAS, cuDNN, NCCL and Triton give them, cut short.
+# Names as PyTorch, cuBLAS, cuDNN, NCCL and Triton give them on CUDA, cut short.
 NAMES = {
     "matrix products": """
         nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT
@@ -52,7 +52,7 @@ NAMES = {
         fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::Attention)""",
     "optimizer and clip": """
         void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4> >
-        void at::native::multi_tensor_apply_kernel<at::native::LpNormFunctor<float> >
+        void at::native::multi_tensor_apply_kernel<LpNormFunctor<float> >
         triton_for_fused_2""",
     "softmax and loss": """
         void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float>
@@ -62,14 +62,14 @@ NAMES = {
     "elementwise and norms": """
         triton_poi_fused__to_copy_mul_silu_4
         triton_per_fused_add_mean_mul_pow_rsqrt_0
-        void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>
+        void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>
         void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float> >""",
     "copies and casts": """
         void at::native::unrolled_elementwise_kernel<direct_copy_kernel_cuda>
         void at::native::(anonymous namespace)::CatArrayBatchedCopy<float>
         Memcpy DtoD (Device -> Device)""",
     "memory set": """
-        void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>>
+        void at::native::vectorized_elementwise_kernel<4, FillFunctor<int>>
         Memset (Device)""",
     "communication": """
         ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)""",

@@ -1,4 +1,4 @@
-# Generated from book/profile.md: edit the chapter, not this file.
+# Generated from book/profiling.md: edit the chapter, not this file.
 """Where a step's time goes, what it copies, and how often the host waits.
 
 Notable here:
