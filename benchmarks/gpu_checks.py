@@ -110,6 +110,11 @@ def stream(device: torch.device) -> Batches:
     return Batches(tokens.astype("uint16"), LENGTH, ROWS, seed=1, device=device)
 
 
+def number(device: torch.device) -> int:
+    """Of steps in a short run; even."""
+    return 8 if device.type == "cuda" else 4
+
+
 def train_some(
     model: Albor,
     optimizer: torch.optim.Optimizer,
@@ -360,32 +365,32 @@ def determinism(device: torch.device) -> Found:
 
     def run(seed: int = 0) -> str:
         model, optimizer = begin(device, seed)
-        train_some(model, optimizer, stream(device), range(8), "bf16")
+        train_some(model, optimizer, stream(device), range(number(device)), "bf16")
         return fingerprint(model)
 
     with deterministic() as said:
         first, second, other = run(), run(), run(seed=1)
     return {
         "sha256": [first, second],
-        "without_deterministic_kernels": len({run() for _ in range(3)}) == 1,
+        "without_deterministic_kernels": run() == run(),
         "kernels_that_have_none": said,
         "ok": first == second != other,
     }
 
 
 def resume(device: torch.device) -> Found:
-    """Eight steps at once, and four, a saved state, and four in another model."""
-    batches = stream(device)
+    """A run at once; and half of it, a saved state, and the rest in another model."""
+    batches, end = stream(device), number(device)
     with deterministic() as said, tempfile.TemporaryDirectory() as folder:
         model, optimizer = begin(device)
-        train_some(model, optimizer, batches, range(8), "bf16")
+        train_some(model, optimizer, batches, range(end), "bf16")
         whole = fingerprint(model)
         model, optimizer = begin(device)
-        train_some(model, optimizer, batches, range(4), "bf16")
-        state = save_state(folder, 4, model, optimizer, {})
+        train_some(model, optimizer, batches, range(end // 2), "bf16")
+        state = save_state(folder, end // 2, model, optimizer, {})
         again, optimizer = begin(device, seed=9)
         load_state(state, again, optimizer)
-        train_some(again, optimizer, batches, range(4, 8), "bf16")
+        train_some(again, optimizer, batches, range(end // 2, end), "bf16")
     found = fingerprint(again)
     return {
         "sha256": [whole, found],

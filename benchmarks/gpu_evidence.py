@@ -42,10 +42,14 @@ MINUTES = 9.0  # of a stage, at most: bare nodes are often lent for ten at a tim
 LARGEST, ALL, FILES = 16 * 2**20, 64 * 2**20, 8  # of what comes back
 PROBLEMS = ("evals/python-intermediate.jsonl", "evals/infilling.jsonl")
 BENCHES = (  # the most telling first; one that is there already is not run again
-    "--preset 350m-large --rounds 1 --timed 8 --after 0",
-    "--preset 350m --rounds 1",
-    "--preset small --rounds 1",
-    "--preset 350m-large --ablate --rounds 1 --timed 8 --after 0",
+    "--preset 350m-large --rounds 1 --warm-up 4 --timed 8 --after 0 --timeout 200"
+    " --order ours transformers-compiled transformers-eager plain",
+    "--preset 350m --rounds 1 --timeout 120",
+    "--preset 350m-large --ablate --rounds 1 --warm-up 4 --timed 8 --after 0",
+    "--preset small --rounds 1 --timeout 120",
+)
+TINY = (
+    "--preset tiny --ablate --order ours --warm-up 1 --timed 1 --after 0 --rounds 1"
 )
 ORIGINAL = (  # what its later documents say; other data, and no run of ours
     {"what": "the original's PyTorch canary, 131M tokens", "perplexity": 6.07},
@@ -164,6 +168,16 @@ def papermill(
     command += ["--kernel", "python3", "--parameters_yaml", json.dumps(parameters)]
     command += [f"notebooks/{notebook}.ipynb", str(to)]
     return run_limited(command, place, seconds)
+
+
+def bring(name: str, place: Place) -> Path:
+    """The file's place in `out`; there already, if an earlier call wrote it."""
+    kept, here = place.work / name, place.out / name
+    if here.exists():
+        shutil.copy(here, kept)
+    elif kept.exists():
+        shutil.copy(kept, here)
+    return here
 
 
 def within(path: Path) -> str:
@@ -378,6 +392,7 @@ def run(place: Place, record: Found) -> None:
         write_json(place.out / "gpu-run.json", record)
         need(done, "the run")
     record |= made(folder)
+    bring("gpu-run.ipynb", place)
     draw_curve(record, place.out / "gpu-run.png")
     if not record["final_model"]["finished"]:
         steps = record["final_model"]["steps"]
@@ -555,8 +570,8 @@ def main(arguments: list[str] | None = None) -> int:
     place = Place(out, work, given.rehearse, given.minutes)
     place.problems += tuple(given.problems or ())
     place.train_minutes, place.unisolated = given.train_minutes, given.unisolated
-    if given.bench:
-        place.benches = tuple(given.bench)
+    if given.bench or given.rehearse:
+        place.benches = tuple(given.bench or [f"{TINY} --random --device cpu"])
     if given.wheels:
         place.site = work / "site"
         install(given.wheels, place.site)
