@@ -36,7 +36,7 @@ def flops_by_part(
 
     Forward and backward: 6 for each entry of a matrix, the tied head's included,
     the embedding's look-up not; 12 * L * H * Dh * T for the T x T scores, after
-    Chowdhery et al. (2022), https://arxiv.org/abs/2204.02311, appendix B. `causal`
+    Chowdhery et al. (2023), https://arxiv.org/abs/2204.02311, appendix B. `causal`
     takes half of those, as a kernel does that skips what the mask hides.
     """
     if seq_len < 1:

@@ -4,12 +4,14 @@ python -m benchmarks.measure ARM JOB        # prints one line of JSON
 """
 
 import contextlib
+import dataclasses
 import gc
 import json
 import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +19,9 @@ from typing import Any
 
 import torch
 
+from albor.ceilings import ceilings as measured_ceilings
+from albor.config import ModelConfig, parameter_shapes
+from albor.profiling import count_events
 from albor.step import keep_freed_memory
 from benchmarks.arms import ARMS, Job, Loop, Unavailable
 
@@ -163,9 +168,9 @@ def measure(name: str, job: Job) -> dict[str, Any]:
         if job.device == "cpu":
             rest()
         else:
-            from albor.profile import count_events
-
-            events = count_events(rest)
+            events = dataclasses.asdict(
+                count_events(rest, torch.device(job.device))
+            )
     losses = loop.losses()
     firsts = [first, *(t["first_step_seconds"] for t in trials if t["ms"])]
     return {
@@ -185,11 +190,33 @@ def measure(name: str, job: Job) -> dict[str, Any]:
 
 
 def ceilings(job: Job) -> dict[str, Any]:
-    """What the machine gives at most: matrix products and copies."""
-    from albor.profile import ceilings as measured
+    """What the machine gives at most: matrix products, and a copy of memory.
 
+    `step_products_seconds` is what the products of one step take, forward and
+    backward, when nothing else is done between them.
+    """
     torch.set_num_threads(job.threads)
-    return {"status": "measured", "ceilings": measured(torch.device(job.device))}
+    device, config = torch.device(job.device), ModelConfig(**job.model)
+    sequences = job.sequences if job.device == "cpu" else min(job.sequences, 16)
+    tokens, slices = sequences * job.seq_len, job.sequences / sequences
+    matrices = Counter(
+        (tokens, shape[1], shape[0])
+        for shape in parameter_shapes(config).values()
+        if len(shape) == 2
+    )
+    sizes = (512, 1024) if job.device == "cpu" else (4096, 8192)
+    shapes = {*matrices, *((n, n, n) for n in sizes)}
+    best = measured_ceilings(device, job.precision, shapes=shapes)
+    seconds = 0.0
+    for rows, inner, outer in matrices:
+        size = f"{rows} x {inner} x {outer}"
+        rates = [
+            r for form, r in best.products.items() if form.endswith(f" {size}")
+        ]
+        each = sum(2 * rows * inner * outer / rate for rate in rates)
+        seconds += matrices[rows, inner, outer] * slices * each
+    found = {"status": "measured", **dataclasses.asdict(best)}
+    return found | {"step_products_seconds": seconds}
 
 
 def main() -> None:

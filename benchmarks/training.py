@@ -34,13 +34,8 @@ from safetensors.torch import save_file
 
 from albor.artifacts import digest, write_json
 from albor.batches import Batches
-from albor.config import (
-    ModelConfig,
-    Recipe,
-    load_recipe,
-    parameter_shapes,
-    project_path,
-)
+from albor.ceilings import flops_per_token
+from albor.config import ModelConfig, Recipe, load_recipe, project_path
 from albor.corpus import build_corpus
 from albor.data import prepare
 from albor.model import Albor
@@ -139,23 +134,6 @@ def make_job(given: argparse.Namespace, folder: Path) -> Job:
         timed=steps[1],
         after=steps[2],
     )
-
-
-def flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, float]:
-    """Floating-point operations that training spends on a token, by two counts.
-
-    Both: 6 for every number in a matrix, the head among them. "palm" adds attention
-    as if every token saw all of its sequence (Chowdhery et al. 2022, appendix B,
-    https://arxiv.org/abs/2204.02311), "causal" only what it does see.
-    """
-    shapes = parameter_shapes(config).values()
-    matrices = 6.0 * sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
-    width = config.num_attention_heads * config.head_dim
-    pairs = 12.0 * config.num_hidden_layers * width
-    return {
-        "palm": matrices + pairs * seq_len,
-        "causal": matrices + pairs * (seq_len + 1) / 2,
-    }
 
 
 # ---- The rounds ----
@@ -327,11 +305,6 @@ def summarize(
     return table
 
 
-def best_product(limits: dict[str, Any], precision: str) -> float | None:
-    """FLOP/s of the fastest matrix product that was measured, start or end."""
-    return None
-
-
 def processor() -> str:
     """The name of the processor, where the system tells it."""
     try:
@@ -431,16 +404,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     nominal = next((rate for card, rate in NOMINAL.items() if card in name), None)
     if job.precision == "fp32":
         nominal = None
-    measured = best_product(limits, job.precision)
-    config = load_recipe(PRESETS[given.preset]["recipe"]).model
-    flops = flops_per_token(config, job.seq_len)
+    reached = [one["flops"] for one in limits.values() if "flops" in one]
+    measured = max(reached, default=None)  # the fastest product, start or end
+    config = ModelConfig(**job.model)
+    flops = {
+        kind: flops_per_token(config, job.seq_len, causal=kind == "causal")
+        for kind in ("palm", "causal")
+    }
     tokens = job.sequences * job.seq_len
     peaks = {"nominal": nominal, "measured": measured}
     losses = compare_losses(rounds, reference)
     table = summarize(rounds, tokens, reference, flops, peaks)
+    everything = table | {f"ceilings at the {k}": one for k, one in limits.items()}
     broken = [
         f"{arm}: {row['status']}"
-        for arm, row in table.items()
+        for arm, row in everything.items()
         if row["status"].startswith("failed")
     ]
     shared = dataclasses.asdict(job)
