@@ -42,7 +42,7 @@ MINUTES = 9.0  # of a stage, at most: bare nodes are often lent for ten at a tim
 LARGEST, ALL, FILES = 16 * 2**20, 64 * 2**20, 8  # of what comes back
 PROBLEMS = ("evals/python-intermediate.jsonl", "evals/infilling.jsonl")
 BENCHES = (  # the most telling first; one that is there already is not run again
-    "--preset 350m-large --rounds 1 --warm-up 4 --timed 8 --after 0 --timeout 200"
+    "--preset 350m-large --rounds 1 --warm-up 4 --timed 8 --after 2 --timeout 200"
     " --order ours transformers-compiled transformers-eager plain",
     "--preset 350m --rounds 1 --timeout 120",
     "--preset 350m-large --ablate --rounds 1 --warm-up 4 --timed 8 --after 0",

@@ -14,7 +14,7 @@ import torch
 
 from albor.artifacts import append_jsonl, read_json, write_json
 from albor.config import load_recipe
-from benchmarks import gpu_checks, gpu_evidence, machine
+from benchmarks import gpu_checks, gpu_evidence, gpu_keep, machine
 from benchmarks.gpu_evidence import (
     FILES,
     STAGES,
@@ -456,3 +456,35 @@ def test_every_stage_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(run["metrics"]) == run["plan"]["steps"]
     assert run["evaluation"]["perplexity"]["bits_per_byte"] > 0
     assert run["evaluation"]["weights"] == run["final_model"]["model_sha256"]
+
+
+def test_a_rehearsal_is_not_kept_and_a_bench_gets_its_usual_name(tmp_path: Path):
+    source, results = tmp_path / "out", tmp_path / "results"
+    source.mkdir()
+    results.mkdir()
+    with pytest.raises(SystemExit, match="no gpu-\\*.json there"):
+        gpu_keep.keep(source, results)
+    head = {"rehearsal": False, "gpu": {"name": "a card"}}
+    arms, ablation = (
+        {"kind": kind, "preset": "350m"} for kind in ("arms", "ablation")
+    )
+    benches = {
+        "a": {"result": arms},
+        "b": {"result": ablation},
+        "c": {"code": None},
+    }
+    write_json(source / "gpu-bench.json", head | {"benches": benches})
+    (source / "gpu-run.png").write_bytes(b"x")
+    names = ["gpu-bench.json", "gpu-run.png"]
+    names += ["training-350m-cuda.json", "training-350m-cuda-ablation.json"]
+    assert gpu_keep.keep(source, results) == names
+    assert read_json(results / "training-350m-cuda.json") == arms
+    assert sorted(path.name for path in results.iterdir()) == sorted(names)
+    for rehearsal in (
+        {"rehearsal": True, "gpu": None},
+        {"rehearsal": False, "gpu": None},
+    ):
+        write_json(source / "gpu-run.json", rehearsal)
+        with pytest.raises(SystemExit, match="gpu-run.json: a rehearsal on a CPU"):
+            gpu_keep.keep(source, results)
+    assert not (results / "gpu-run.json").exists()
