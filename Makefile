@@ -14,8 +14,7 @@ OUT ?= runs/gpu
 STAGE ?= all
 
 .DEFAULT_GOAL = help
-.PHONY: help pretrain corpus bench test check notebooks adopt new book browse lab lock \
-	wheelhouse gpu-evidence clean
+.PHONY: help pretrain corpus bench test check notebooks adopt new book browse lab lock wheelhouse gpu-evidence clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_keep runs/gpu
 
-Files are copied to `benchmarks/results` as they came. Of the bench each result also
-gets the name that `make bench` would have given it, which the chapter on speed reads.
-A rehearsal is refused: it measured a CPU.
+Files are copied to `benchmarks/results` as they came. Each result of the bench also
+gets the name that `make bench` would have given it, for the chapter on speed. A
+rehearsal is refused: it measured a CPU.
 """
 
 import argparse

@@ -462,7 +462,7 @@ def test_a_rehearsal_is_not_kept_and_a_bench_gets_its_usual_name(tmp_path: Path)
     source, results = tmp_path / "out", tmp_path / "results"
     source.mkdir()
     results.mkdir()
-    with pytest.raises(SystemExit, match="no gpu-\\*.json there"):
+    with pytest.raises(SystemExit, match="no gpu-"):
         gpu_keep.keep(source, results)
     head = {"rehearsal": False, "gpu": {"name": "a card"}}
     arms, ablation = (
@@ -485,6 +485,6 @@ def test_a_rehearsal_is_not_kept_and_a_bench_gets_its_usual_name(tmp_path: Path)
         {"rehearsal": False, "gpu": None},
     ):
         write_json(source / "gpu-run.json", rehearsal)
-        with pytest.raises(SystemExit, match="gpu-run.json: a rehearsal on a CPU"):
+        with pytest.raises(SystemExit, match="json: a rehearsal on a CPU"):
             gpu_keep.keep(source, results)
     assert not (results / "gpu-run.json").exists()
