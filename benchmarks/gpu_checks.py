@@ -13,6 +13,7 @@ Notable:
 """
 
 import argparse
+import dataclasses
 import hashlib
 import math
 import os
@@ -36,7 +37,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by cuB
 import torch
 from torch import Tensor
 
-from albor import step as steps
 from albor.artifacts import write_json
 from albor.batches import Batches
 from albor.checkpoint import load_state, save_state
@@ -44,6 +44,7 @@ from albor.config import ModelConfig, OptimizerConfig
 from albor.model import Albor
 from albor.optimizer import build_optimizer
 from albor.profiling import count_events, refuse_waits, step_parts
+from albor.resident import Stepper, compiled_loss
 from albor.step import make_scaler, train_step
 from benchmarks.machine import ROOT, about
 
@@ -280,23 +281,27 @@ def three(found: Found) -> tuple[int, ...]:
     return tuple(found[kind] for kind in ("up", "down", "waits"))
 
 
-def queue_steps(device: torch.device) -> tuple[Callable[[int], None], Any]:
-    """A function that takes so many steps of the device-resident loop; its log."""
+def stepper(device: torch.device, graph: bool = False) -> tuple[Albor, Stepper]:
+    """A small model and what queues its steps."""
     model, optimizer = begin(device)
-    batches, history, at = stream(device), steps.History(16, device), 0
+    return model, Stepper(
+        model, optimizer, [RATE] * 64, capacity=16, graph=graph, precision="bf16"
+    )
+
+
+def queue_steps(device: torch.device) -> tuple[Callable[[int], None], Stepper]:
+    """A function that takes steps of the device-resident loop, and their log."""
+    (_, steps), batches, at = stepper(device), stream(device), 0
 
     def take(number: int) -> None:
         nonlocal at
         for _ in range(number):
-            row = steps.enqueue_step(
-                model, optimizer, *batches.step(at), precision="bf16"
-            )
-            history.add(row)
+            steps.queue(at, *batches.step(at))
             at += 1
 
     take(3)  # allocate, choose kernels, take the rotary table up
-    history.read()
-    return take, history
+    steps.read()
+    return take, steps
 
 
 def copies(device: torch.device) -> Found:
@@ -307,7 +312,7 @@ def copies(device: torch.device) -> Found:
         one.item()
         there.to(device)
 
-    take, history = queue_steps(device)
+    take, steps = queue_steps(device)
     model, optimizer = begin(device)
     batch = text(torch.device("cpu"))
 
@@ -324,7 +329,7 @@ def copies(device: torch.device) -> Found:
     found = {
         "planted": count(plant, device),
         "ten_steps": count(lambda: take(10), device),
-        "a_log": count(history.read, device),
+        "a_log": count(steps.read, device),
         "naive_step": count(naive, device),
     }
     if device.type != "cuda":
@@ -404,10 +409,10 @@ def resume(device: torch.device) -> Found:
 
 def compiled(device: torch.device) -> Found:
     """The compiled loss and its gradients against the eager ones, in bf16."""
-    backend = "inductor" if device.type == "cuda" else "aot_eager"
-    batch = text(device)
-    model = Albor(SHAPE, seed=0).to(device)
-    fast = torch.compile(model.loss, fullgraph=True, dynamic=False, backend=backend)
+    layers = SHAPE.num_hidden_layers if device.type == "cuda" else 1  # to be quick
+    shape = dataclasses.replace(SHAPE, num_hidden_layers=layers)
+    batch, model = text(device), Albor(shape, seed=0).to(device)
+    fast = compiled_loss(model)
     found: dict[str, tuple[float, Tensor]] = {}
     seconds = {}
     for name, loss in (("compiled", fast), ("eager", model.loss)):
@@ -422,7 +427,6 @@ def compiled(device: torch.device) -> Found:
     gap = abs(found["compiled"][0] - found["eager"][0])
     error = distance(found["compiled"][1], found["eager"][1])
     return {
-        "backend": backend,
         "seconds_with_compiling": seconds["compiled"],
         "loss": gap,
         "gradient": error,
@@ -431,39 +435,19 @@ def compiled(device: torch.device) -> Found:
 
 
 def graph(device: torch.device) -> Found:
-    """A step captured as a CUDA graph and replayed, against eager steps."""
+    """Steps recorded as one CUDA graph and launched whole, against eager steps."""
     if device.type != "cuda":
         raise NotHere("CUDA graphs need CUDA")
-    batch = text(device)
-
-    def build() -> tuple[Albor, Callable[[], Tensor]]:
-        model = Albor(SHAPE, seed=0).to(device)
-        rate = torch.tensor(RATE, device=device)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=rate, fused=True, capturable=True
-        )
-        return model, lambda: steps.enqueue_step(
-            model, optimizer, *batch, precision="bf16"
-        )
-
-    eager, step = build()
-    expected = [step() for _ in range(8)]
-    captured, step = build()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        rows = [step().clone() for _ in range(3)]
-    torch.cuda.current_stream().wait_stream(side)
-    whole = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(whole):
-        row = step()
-    for _ in range(5):
-        whole.replay()
-        rows.append(row.clone())
-    losses = [[float(r[0]) for r in some] for some in (expected, rows)]
+    batches, losses, models = stream(device), [], []
+    for recorded in (False, True):
+        model, steps = stepper(device, recorded)
+        for at in range(10):
+            steps.queue(at, *batches.step(at))
+        losses.append([one.loss for one in steps.read()])
+        models.append(model)
     gap = max(abs(a - b) for a, b in zip(*losses, strict=True))
-    pairs = zip(captured.parameters(), eager.parameters(), strict=True)
-    error = max(distance(a.detach(), b.detach()) for a, b in pairs)
+    pairs = zip(*(model.parameters() for model in models), strict=True)
+    error = max(distance(b.detach(), a.detach()) for a, b in pairs)
     return {
         "losses": losses,
         "loss": gap,
