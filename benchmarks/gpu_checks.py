@@ -58,7 +58,7 @@ SHAPE = ModelConfig(  # small, and wide enough for tensor cores and fused attent
 )
 ROWS, LENGTH, RATE = 4, 64, 1e-3
 ADAMW = OptimizerConfig(lr=RATE)
-START = 2.0**24  # of fp16's loss scale: some halvings too large
+START = 2.0**26  # of fp16's loss scale: some halvings too large
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Found = dict[str, Any]
 
@@ -486,7 +486,7 @@ def triton_kernel(device: torch.device) -> Found:
         "swapped_inside": home,
         "swapped_outside": away,
         "interpreted": small,
-        "ok": error < 1e-5 and inside and away > 0 and home + away == m * k,
+        "ok": error < 3e-5 and inside and away > 0 and home + away == m * k,
     }
 
 
@@ -516,7 +516,7 @@ def gpu_tests(device: torch.device, seconds: float = 150) -> Found:
     files = [file for file in files if asks.search(file.read_text("utf-8"))]
     which = "gpu or cuda or device or kernels"
     if device.type != "cuda":  # a few, to see them skipped
-        files, which = [ROOT / "tests/test_kernels.py"], "cuda_file or full_size"
+        files, which = [ROOT / "tests/test_kernels.py"], "full_size"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
