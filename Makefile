@@ -8,12 +8,16 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 ARGS ?=
 MANIFEST ?= configs/corpus/v2.csv
+WHEELS ?= wheelhouse
+PYTHON_VERSION ?= 3.12
+OUT ?= runs/gpu
+STAGE ?= all
 
 .DEFAULT_GOAL = help
-.PHONY: help pretrain corpus test check notebooks adopt new book browse lab lock clean
+.PHONY: help pretrain corpus bench test check notebooks adopt new book browse lab lock wheelhouse gpu-evidence clean
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 pretrain: $(READY) ## Train a model: the main job (ARGS="-p max_steps 50" for parameters)
 	mkdir -p runs
@@ -23,6 +27,9 @@ pretrain: $(READY) ## Train a model: the main job (ARGS="-p max_steps 50" for pa
 corpus: $(READY) ## Fetch the pinned packages of a manifest (MANIFEST=... for another)
 	$(BIN)/python -c "import sys; sys.tracebacklimit = 0; \
 		from albor.manifest import fetch; fetch(sys.argv[1])" "$(MANIFEST)"
+
+bench: $(READY) ## Time a training step beside its peers (ARGS="--help" for more)
+	$(BIN)/python -m benchmarks.training $(ARGS)
 
 test: $(READY) ## Run every test, and every cell of every notebook against its stored output
 	$(BIN)/python -m pytest --nbval -n auto --dist loadfile \
@@ -61,6 +68,12 @@ lock: $(READY) ## Renew requirements.lock (torch is pinned here instead, with no
 		--python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--no-emit-package torch --extra run --extra dev pyproject.toml - \
 		| awk '/^[a-z]/ { keep = !/^(nvidia-|cuda-)/ } keep' > requirements.lock
+
+wheelhouse: $(READY) ## Collect what a node without a network lacks (PYTHON_VERSION=3.12)
+	$(BIN)/python -m tools.wheelhouse --to "$(WHEELS)" --python $(PYTHON_VERSION) $(ARGS)
+
+gpu-evidence: ## Measure on a bare node with a GPU, torch and no network (STAGE=, OUT=)
+	$(PYTHON) -m benchmarks.gpu_evidence --out "$(OUT)" --stage "$(STAGE)" $(ARGS)
 
 clean: ## Remove the environment and what was built (not your checkpoints and runs)
 	rm -rf $(VENV) _build .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage

@@ -82,7 +82,7 @@ def test_readme_continuous_integration_and_help_name_the_same_commands():
         "CHANGELOG.md",
         ".github/workflows/book.yml",
     ):
-        named = set(re.findall(r"\bmake ([a-z]+)\b(?=[`\" \n])", read(name)))
+        named = set(re.findall(r"\bmake ([a-z-]+)\b(?=[`\" \n])", read(name)))
         used = {word for word in named if f"`make {word}" in read(name)}
         assert used <= offered.keys(), f"{name} names {used - offered.keys()}"
     wanted = {

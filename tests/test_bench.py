@@ -1,0 +1,255 @@
+"""The benchmark of training, rehearsed: what it measures, compares and admits."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from albor.artifacts import read_json
+from albor.ceilings import flops_per_token
+from albor.config import ModelConfig
+from albor.model import Albor
+from benchmarks import measure, training
+from benchmarks.arms import ABLATIONS, ARMS, REFERENCE, Job
+from benchmarks.plain import Plain
+
+# All dimensions different: vocabulary, width, feed-forward, layers, heads, shared.
+CONFIG = ModelConfig(70, 24, 40, 3, 6, 2, 32, head_dim=10)
+
+
+def rehearse(tmp_path: Path, *more: str) -> dict[str, Any]:
+    """The whole command on tiny settings; returns what it wrote."""
+    out = tmp_path / "result.json"
+    usual = ["--preset", "tiny", "--random", "--device", "cpu", "--threads", "1"]
+    usual += ["--warm-up", "1", "--timed", "2", "--out", str(out)]
+    training.main([*usual, *more])
+    return read_json(out)
+
+
+def job(**changes: Any) -> Job:
+    usual = {
+        "folder": "",
+        "model": {},
+        "optimizer": {},
+        "rates": [],
+        "sequences": 4,
+    }
+    return Job(**usual | {"seq_len": 8} | changes)
+
+
+# ---- The peers compute what we compute ----
+
+
+def test_the_plain_model_has_our_loss_and_gradients() -> None:
+    ours, plain = Albor(CONFIG, seed=1), Plain(CONFIG)
+    plain.load_state_dict(ours.state_dict())
+    ids = torch.randint(70, (5, 13), generator=torch.Generator().manual_seed(2))
+    targets = ids.roll(-1, dims=1)
+    losses = ours.loss(ids, targets), plain(ids, targets)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    for (name, a), (other, b) in zip(
+        sorted(ours.named_parameters()),
+        sorted(plain.named_parameters()),
+        strict=True,
+    ):
+        assert name == other
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    model = Plain(CONFIG)
+    ids = torch.zeros(5, 13, dtype=torch.int64)
+    plainly = sdpa_kernel(SDPBackend.MATH)  # a fused kernel is not looked into
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), plainly:
+        model(ids, ids)
+    palm, causal = (flops_per_token(CONFIG, 13, causal=c) for c in (False, True))
+    # Forward is a third; attention is counted as if all looked at all.
+    assert counter.get_total_flops() == pytest.approx(palm * 5 * 13 / 3)
+    assert palm - causal == 12 * 3 * 60 * 13 / 2
+
+
+# ---- The summary ----
+
+
+def arm(ms: list[float], loss: float = 3.0) -> dict[str, Any]:
+    return {
+        "status": "measured",
+        "settings": {},
+        "micro_batch": 4,
+        "ms": ms,
+        "losses": {"1": loss},
+        "compile_seconds": 0.0,
+        "peak_bytes": 1,
+        "freed_memory_kept": True,
+        "faults_per_step": 0.0,
+        "events": None,
+    }
+
+
+def rounds(*times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "order": list(one),
+            "load": 0.0,
+            "arms": {k: arm(v) for k, v in one.items()},
+        }
+        for one in times
+    ]
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    # The second round met a busy machine: everything took ten times as long.
+    found = rounds(
+        {"ours": [9.0, 10.0, 50.0], REFERENCE: [20.0, 20.0, 20.0]},
+        {"ours": [100.0], REFERENCE: [300.0]},
+        {"ours": [10.0], REFERENCE: [25.0]},
+    )
+    flops, peaks = {"palm": 7.0}, {"nominal": None, "measured": 70_000.0}
+    table = training.summarize(found, 40, REFERENCE, flops, peaks)
+    assert table["ours"]["ratio"] == {"median": 2.5, "low": 2.0, "high": 3.0}
+    assert table[REFERENCE]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    speed = table["ours"]["tokens_per_second"]
+    assert speed == {"median": 4000.0, "low": 400.0, "high": 4000.0}
+    assert table["ours"]["mfu"] == {"palm / measured": 4000 * 7 / 70_000}
+    assert table["ours"]["ms_per_step"]["high"] == 100.0
+
+
+def test_an_arm_that_fails_later_has_no_figures() -> None:
+    found = rounds({"ours": [1.0], REFERENCE: [1.0]}, {"ours": [1.0]})
+    found[1]["arms"][REFERENCE] = {"status": "failed: killed"}
+    table = training.summarize(found, 1, REFERENCE, {}, {})
+    assert table[REFERENCE] == {"status": "failed: killed"}
+    assert table["ours"]["ratio"]["median"] == 1.0
+
+
+@pytest.mark.parametrize("loss", [3.011, 2.989, float("nan"), float("inf")])
+def test_another_loss_is_an_error(loss: float) -> None:
+    found = rounds({REFERENCE: [1.0], "ours": [1.0]})
+    assert training.compare_losses(found, REFERENCE)["errors"] == []
+    found[0]["arms"]["ours"] = arm([1.0], loss)
+    (error,) = training.compare_losses(found, REFERENCE)["errors"]
+    assert error.startswith("ours: loss ")
+    assert "step 1" in error
+
+
+# ---- The search for a micro-batch ----
+
+
+class Fake:
+    """A loop of known speed; what is above 8 does not fit."""
+
+    ms = {1: 30, 2: 20, 4: 5, 8: 15}  # noqa: RUF012
+
+    def __init__(self, size: int) -> None:
+        if size > 8:
+            raise torch.OutOfMemoryError
+        self.size = size
+
+    def step(self, number: int) -> None:
+        time.sleep(self.ms[self.size] / 1000)
+
+
+def test_the_fastest_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [32, 16, 8, 4, 2, 1]
+    one = job(sequences=32, device="cuda")
+    assert measure.candidates(one) == sizes
+    assert measure.candidates(job(sequences=32)) == [32], "no search on a CPU"
+    monkeypatch.setattr(measure, "wait", lambda device: None)
+    best, trials = measure.best_micro_batch(lambda j: Fake(j.micro_batch), one)
+    assert best == 4
+    assert [trial["micro_batch"] for trial in trials] == sizes
+    assert [bool(trial["ms"]) for trial in trials] == [False, False, *[True] * 4]
+    assert measure.candidates(job(micro_batch=2, device="cuda")) == [2]
+
+
+def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "candidates", lambda job: [64, 32])
+    with pytest.raises(measure.Unavailable, match="out of memory"):
+        measure.best_micro_batch(lambda j: Fake(j.micro_batch), job())
+
+
+# ---- The command ----
+
+
+def test_rehearsal_in_another_order(tmp_path: Path) -> None:
+    order = ["liger", "plain", "transformers-eager", "ours"]
+    found = rehearse(tmp_path, "--rounds", "1", "--order", *order)
+    assert found["errors"] == []
+    assert found["rounds"][0]["order"] == order
+    assert found["losses_agree"]["reference"] == REFERENCE
+    assert 0 <= found["losses_agree"]["worst"] < training.TOLERANCE
+    assert set(found["about"]) == {
+        "hardware",
+        "versions",
+        "python",
+        "date",
+        "commit",
+    }
+    assert found["claims"].startswith("ratios alone")
+    assert set(found["ceilings"]) == {"start", "end"}
+    for name in order[1:]:
+        row = found["arms"][name]
+        assert row["status"] == "measured"
+        assert row["ratio"]["low"] > 0
+        assert row["tokens_per_second"]["median"] > 0
+        assert row["peak_bytes"] > 1e8
+        assert row["faults_per_step"] >= 0
+        assert row["losses"].keys() == {"1"}
+        assert len(found["rounds"][0]["arms"][name]["ms"]) == 2
+    liger = found["arms"]["liger"]["status"]
+    assert liger.startswith(("not installed", "needs a GPU"))
+
+
+@pytest.mark.slow
+def test_rehearsal_of_every_arm_and_of_rounds(tmp_path: Path) -> None:
+    found = rehearse(tmp_path, "--rounds", "2", "--shuffle", "3", "--after", "8")
+    assert set(found["arms"]) == set(ARMS)
+    assert len(found["rounds"]) == 2
+    for name, row in found["arms"].items():
+        said = row["status"]
+        assert said == "measured" or said.startswith(
+            ("not installed", "needs a GPU")
+        )
+        if said == "measured":
+            assert row["losses"].keys() == {"1", "10"}
+            assert len(found["rounds"][1]["arms"][name]["ms"]) == 2
+
+
+@pytest.mark.slow
+def test_rehearsal_of_the_ablations(tmp_path: Path) -> None:
+    found = rehearse(tmp_path, "--rounds", "1", "--ablate")
+    here = {name for name, (devices, _) in ABLATIONS.items() if "cpu" in devices}
+    assert set(found["arms"]) == {"ours", *here}
+    assert found["reference"] == "ours"
+    assert all(row["status"] == "measured" for row in found["arms"].values())
+
+
+def test_a_failing_arm_is_told_and_the_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = {"broken": ("no-such-arm", {}), "plain": ("plain", {})}
+    monkeypatch.setattr(training, "choose_arms", lambda given: (arms, REFERENCE))
+    with pytest.raises(SystemExit, match="broken: failed: KeyError: 'no-such-arm'"):
+        rehearse(tmp_path, "--rounds", "2")
+    found = read_json(tmp_path / "result.json")
+    assert found["arms"]["plain"]["status"] == "measured"
+    assert found["arms"]["plain"]["ratio"] is None, "nothing to compare with"
+    assert "broken" not in found["rounds"][1]["arms"], "once is enough"
+
+
+def test_an_arm_that_hangs_is_ended(tmp_path: Path) -> None:
+    one = job(folder=str(tmp_path))
+    assert training.run_arm("ours", one, 0.2)["status"].startswith(
+        "failed: not done"
+    )
+
+
+def test_unknown_arms_are_named() -> None:
+    with pytest.raises(SystemExit, match="no \\['nanogpt'\\]; there are \\['ours'"):
+        training.main(["--order", "nanogpt"])

@@ -1,0 +1,490 @@
+"""`make gpu-evidence` rehearsed on a CPU: stages end, files say what they are."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from albor.artifacts import append_jsonl, read_json, write_json
+from albor.config import load_recipe
+from benchmarks import gpu_checks, gpu_evidence, gpu_keep, machine
+from benchmarks.gpu_evidence import (
+    FILES,
+    STAGES,
+    Place,
+    StageError,
+    family,
+    keep_limits,
+    main,
+    need,
+    parse,
+    run_limited,
+    run_stage,
+    schedule,
+    seconds_in,
+    seconds_of_steps,
+    timed_recipe,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    for name in ("out", "work"):
+        (tmp_path / name).mkdir()
+    made = Place(tmp_path / "out", tmp_path / "work", True, 1.0)
+    made.end = time.monotonic() + 60
+    return made
+
+
+# ------------------------------------------------------------------- processes
+
+
+def alive(process: int) -> bool:
+    try:
+        state = (
+            Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        )
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_at_its_limit_a_command_ends_with_children_of_other_sessions(place: Place):
+    child = "import time; time.sleep(60)"
+    code = (
+        "import subprocess, sys, time\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}],"
+        " start_new_session=True)\n"
+        "print('child', p.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    done = run_limited([sys.executable, "-c", code], place, 5)
+    assert done["code"] is None and 5 <= done["seconds"] < 30
+    process = int(done["tail"][-1].split()[1])
+    for _ in range(50):
+        if not alive(process):
+            break
+        time.sleep(0.1)
+    assert not alive(process)
+    with pytest.raises(StageError, match=r"it was cut off after \d+ s"):
+        need(done, "it")
+
+
+def test_family_begins_with_the_process_itself():
+    child = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE
+    )
+    try:
+        assert family(os.getpid())[0] == os.getpid()
+        if sys.platform == "linux":
+            assert child.pid in family(os.getpid())
+    finally:
+        child.communicate(b"\n")
+
+
+def test_a_command_sees_the_project_and_no_gpu_when_rehearsing(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ALBOR_TEST", "short")
+    code = (
+        "import os, albor; print(os.environ['CUDA_VISIBLE_DEVICES'] == '',"
+        " 'ALBOR_TEST' in os.environ, albor.__file__); raise SystemExit(3)"
+    )
+    done = run_limited([sys.executable, "-c", code], place, 60)
+    assert done["code"] == 3
+    assert done["tail"] == [f"True False {ROOT / 'albor' / '__init__.py'}"]
+    with pytest.raises(StageError, match="it ended with 3:\nTrue False"):
+        need(done, "it")
+
+
+# ---------------------------------------------------------------------- stages
+
+
+def test_a_stage_that_fails_leaves_what_it_had_and_the_next_one_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def bad(place: Place, record: dict) -> None:
+        record["had"] = 1
+        raise ValueError("no such luck")
+
+    def good(place: Place, record: dict) -> None:
+        during = read_json(place.out / "gpu-good.json")
+        assert (during["finished"], during["error"]) == (False, "it was cut off")
+        record["had"] = 2
+
+    monkeypatch.setattr(gpu_evidence, "STAGES", {"bad": bad, "good": good})
+    out = tmp_path / "out"
+    told = ["--out", str(out), "--work", str(tmp_path / "work"), "--rehearse"]
+    assert main(told) == 1
+    failed, fine = (read_json(out / f"gpu-{name}.json") for name in ("bad", "good"))
+    assert failed["error"] == "ValueError: no such luck" and failed["had"] == 1
+    assert not failed["finished"] and fine["finished"] and fine["error"] is None
+    for record in (failed, fine):
+        assert (record["device"], record["rehearsal"]) == ("cpu", True)
+        assert record["gpu"] is None and len(record["source"]) == 64
+    assert "bad: a rehearsal, ValueError: no such luck" in capsys.readouterr().out
+    assert main([*told, "--stage", "2"]) == 0
+
+
+def test_what_comes_back_keeps_the_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gpu_evidence, "LARGEST", 100)
+    for number in range(FILES + 1):
+        (tmp_path / f"gpu-{number}.json").write_bytes(b"x" * (10 + number))
+    (tmp_path / "gpu-run.ipynb").write_bytes(b"x" * 101)
+    (tmp_path / "mine").write_bytes(b"x" * 1000)
+    dropped = keep_limits(tmp_path)
+    assert dropped == [f"gpu-{FILES}.json, 18 bytes", "gpu-run.ipynb, 101 bytes"]
+    assert len([*tmp_path.glob("gpu-*")]) == FILES and (tmp_path / "mine").exists()
+
+
+def test_slips_on_the_command_line_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    told = ["--out", str(tmp_path), "--rehearse"]
+    assert [parse([*told, "--stage", str(n)]).stage for n in (1, 2, 3, 4)] == [
+        *STAGES
+    ]
+    for slip, reason in (
+        (["--stage", "5"], "there are correctness, bench, trial, run and all"),
+        (["--minutes", "10"], "more than 0, at most 9"),
+        (["--minutes", "nan"], "more than 0, at most 9"),
+    ):
+        with pytest.raises(SystemExit):
+            parse([*told, *slip])
+        assert reason in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            parse(["--out", str(tmp_path)])
+        assert "torch sees no GPU here; --rehearse" in capsys.readouterr().err
+
+
+def test_wheels_are_unpacked_where_every_process_finds_them(
+    place: Place, tmp_path: Path
+):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with pytest.raises(SystemExit, match="no wheels there; run `make wheelhouse`"):
+        gpu_evidence.install(wheels, place.work / "site")
+    with zipfile.ZipFile(wheels / "lacking-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("lacking.py", "answer = 42\n")
+        info = "lacking-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Name: lacking\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    place.site = place.work / "site"
+    gpu_evidence.install(wheels, place.site)
+    code = "import lacking; print(lacking.answer)"
+    assert run_limited([sys.executable, "-c", code], place, 60)["tail"] == ["42"]
+
+
+# --------------------------------------------------------------- the timed run
+
+
+def test_the_schedule_fits_the_time_with_a_margin():
+    assert schedule(100, 1.0) == (95, 9)
+    assert schedule(5, 1.0) == (4, 1)
+    with pytest.raises(StageError, match=r"4 s are left for steps of 1.00 s"):
+        schedule(4, 1.0)
+
+
+def test_seconds_of_steps_are_read_where_the_log_tells_the_pace():
+    pace = {"tokens": 10, "tokens_per_second": 5.0}
+    lines = [
+        pace,
+        {"tokens": 10},
+        pace | {"tokens_per_second": 10.0},
+        {"tokens": 10},
+    ]
+    assert seconds_of_steps(lines) == [2.0, 1.0, 1.0]  # of the last none is known
+
+
+def test_the_table_of_an_executed_notebook_is_read(tmp_path: Path):
+    text = (
+        "imports              2.5 s   10.0%\ntokenizer           20.0 s   80.0%\n"
+    )
+    text += (
+        "tokens               1.5 s    6.0%\neverything          25.0 s  100.0%\n"
+    )
+    cells = [{"outputs": [{"text": text}]}, {"source": "no outputs"}]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    assert seconds_in(tmp_path / "a.ipynb", ("tokenizer", "tokens")) == 21.5
+
+
+@pytest.mark.parametrize("rehearse", [True, False])
+def test_the_recipe_gets_a_schedule_and_stays_as_it_is(
+    place: Place, rehearse: bool
+):
+    place.rehearse = rehearse
+    path = timed_recipe(place, 57, 5)
+    recipe, before = load_recipe(path), load_recipe(path.stem)
+    assert recipe == before.with_training(
+        max_steps=57, warmup_steps=5, save_interval=0, eval_interval=7
+    )
+    if not rehearse:
+        data, plan = recipe.data, recipe.training
+        sequences = data.batch_size * plan.gradient_accumulation
+        assert sequences * data.seq_len == 131_072
+        assert data.fim_rate == 0.5 and plan.mixed_precision == "bf16"
+
+
+class Notebooks:
+    """Stands for papermill: writes what the two notebooks would leave behind."""
+
+    def __init__(self, place: Place, ends: list[int]) -> None:
+        self.place, self.ends, self.calls = place, ends, []
+
+    def __call__(self, notebook, to, place, seconds, **told):
+        self.calls.append((notebook, told))
+        folder = Path(told["output_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        to.write_text(json.dumps({"cells": []}))
+        if notebook == "evaluate":
+            write_json(folder / "results.json", {"perplexity": {"loss": 1.5}})
+            return {"code": 0, "seconds": 1.0, "tail": []}
+        log = folder / "metrics.jsonl"
+        begin = len(log.read_text().splitlines()) if log.exists() else 0
+        steps = load_recipe(told["config"]).training.max_steps
+        end = steps if folder.name == "measure" else min(steps, self.ends.pop(0))
+        for step in range(begin, end):
+            line = {"step": step, "loss": 9.0 - step / 99, "tokens": 512}
+            line["tokens_per_second"] = 512 / 0.5
+            append_jsonl(log, line)
+        recipe = load_recipe(told["config"]).to_dict()
+        write_json(folder / "provenance.json", {"data": "abc", "recipe": recipe})
+        made = {"finished": end == steps, "steps": end}
+        write_json(folder / "final_model.json", made)
+        return {"code": 0, "seconds": 13.0, "tail": []}
+
+
+def test_a_run_is_planned_once_stopped_resumed_and_evaluated(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    notebooks = Notebooks(place, [30, 99])
+    monkeypatch.setattr(gpu_evidence, "papermill", notebooks)
+    first = run_stage("run", place)
+    plan = first["plan"]
+    assert first["finished"] and plan["seconds_per_step"] == 0.5
+    assert plan["seconds_beside_steps"] == 13.0 - 6 * 0.5
+    seconds = plan["seconds_of_steps"]
+    assert 40 < seconds < 60 - 10 - 5 + 0.1
+    assert plan["steps"] == int(0.95 * seconds / 0.5)
+    assert first["note"] == f"30 of {plan['steps']} steps; call again to go on"
+    assert "evaluation" not in first and len(first["metrics"]) == 30
+    assert not (place.work / "measure").exists()
+
+    second = run_stage("run", place)
+    assert second["finished"] and second["plan"] == plan
+    assert len(second["metrics"]) == plan["steps"] and "note" not in second
+    assert second["evaluation"] == {"perplexity": {"loss": 1.5}}
+    figures = {one["perplexity"] for one in second["original"]["figures"]}
+    assert figures == {6.07, 38.5} and "other data" in second["original"]["note"]
+    assert (place.out / "gpu-run.png").stat().st_size > 1000
+
+    names = [name for name, _ in notebooks.calls]
+    assert names == ["pretrain", "pretrain", "pretrain", "evaluate"]
+    _, one, two, told = (told for _, told in notebooks.calls)
+    assert one["resume"] is two["resume"] is True
+    assert one["config"] == two["config"] and 0 < two["max_minutes"] < 1
+    assert told["val"] == "data/abc" and told["checkpoint"] == str(
+        place.work / "run"
+    )
+
+    for path in place.out.iterdir():  # as a node that gives back an empty folder
+        path.unlink()
+    third = run_stage("run", place)
+    assert third["finished"] and len(third["metrics"]) == plan["steps"]
+    assert [name for name, _ in notebooks.calls][4:] == ["evaluate"]
+    assert (place.out / "gpu-run.ipynb").exists()
+
+
+def test_no_time_for_a_step_is_said_and_nothing_is_lost(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gpu_evidence, "papermill", Notebooks(place, [30]))
+    run_stage("run", place)
+    place.minutes = 10.5 / 60  # ten seconds go beside the steps
+    late = run_stage("run", place)
+    assert not late["finished"] and "call again" in late["error"]
+    assert late["plan"]["steps"] == read_json(place.work / "plan.json")["steps"]
+
+
+def test_benches_are_not_run_twice_and_a_bad_one_is_named(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+
+    def limited(command, place, seconds):
+        seen.append(command)
+        if "two" in command:
+            return {"code": 1, "seconds": 1.0, "tail": ["an arm failed"]}
+        write_json(Path(command[command.index("--out") + 1]), {"arms": len(seen)})
+        return {"code": 0, "seconds": 1.0, "tail": []}
+
+    monkeypatch.setattr(gpu_evidence, "run_limited", limited)
+    place.benches = ("--preset one", "--preset two")
+    record = run_stage("bench", place)
+    assert record["benches"]["--preset one"]["result"] == {"arms": 1}
+    assert record["error"].endswith("not sound or not done: --preset two")
+    again = run_stage("bench", place)
+    assert [command[4] for command in seen] == ["one", "two", "two"]
+    assert again["benches"]["--preset one"]["result"] == {"arms": 1}
+    place.minutes = 1 / 60
+    short = run_stage("bench", place)
+    assert short["benches"]["--preset two"] == {"not_run": "no time was left"}
+
+
+# ------------------------------------------------------------------ the checks
+
+
+def test_a_check_that_breaks_or_is_not_for_here_is_a_result(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def broken(device):
+        raise ValueError("a reason")
+
+    def elsewhere(device):
+        raise gpu_checks.NotHere("no such thing")
+
+    table = {"broken": broken, "elsewhere": elsewhere}
+    monkeypatch.setattr(gpu_checks, "CHECKS", table)
+    found = gpu_checks.check("broken", CPU)
+    assert found["ok"] is False and found["error"].endswith("ValueError: a reason")
+    found = gpu_checks.check("elsewhere", CPU)
+    assert (found["ok"], found["not_run"]) == (None, "no such thing")
+
+
+def test_a_wrong_device_fails_the_comparison(monkeypatch: pytest.MonkeyPatch):
+    """The yardstick sees a device whose norm is off by a hundredth of a percent."""
+    assert gpu_checks.agreement(CPU)["ok"]
+    sound = torch.rsqrt
+    monkeypatch.setattr(
+        torch,
+        "rsqrt",
+        lambda x: sound(x) * (1.0001 if x.dtype == torch.float32 else 1),
+    )
+    found = gpu_checks.agreement(CPU)
+    assert not found["ok"] and found["gradient_worst"] > 1e-5
+
+
+def test_the_profilers_own_list_is_read_by_time_and_kind(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def event(name, start, end, kind="CPU"):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(
+            name=name, time_range=span, device_type=f"DeviceType.{kind}"
+        )
+
+    events = [
+        event("the work", 10, 20),
+        event("cudaMemcpyAsync", 11, 12),
+        event("cudaStreamSynchronize", 12, 13),
+        event("cudaDeviceSynchronize", 21, 25),  # the profiler's own
+        event("Memcpy HtoD (Pageable -> Device)", 12, 13, "CUDA"),
+        event("Memcpy DtoH (Device -> Pinned)", 22, 23, "CUDA"),  # ends late
+        event("Memcpy DtoD (Device -> Device)", 14, 15, "CUDA"),
+        event("the work", 11, 19, "CUDA"),
+    ]
+
+    class Profile:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def events(self):
+            return events
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = gpu_checks.read_again(lambda: None)
+    assert found == {"up": 1, "down": 1, "waits": 1}
+
+
+def test_the_machine_is_told_with_a_digest_of_the_program():
+    found = machine.about(CPU)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["rehearsal"] and found["source"] == machine.source_digest()
+
+
+@pytest.mark.slow
+def test_every_stage_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The whole way with a tiny model; no file can pass for a GPU's."""
+    out, work = tmp_path / "out", tmp_path / "work"
+    told = ["--out", str(out), "--work", str(work), "--rehearse"]
+    code = main([*told, "--minutes", "4", "--train-minutes", "0.02"])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    files = sorted(path.name for path in out.iterdir())
+    assert files == sorted(
+        [f"gpu-{name}.json" for name in STAGES]
+        + ["gpu-trial.ipynb", "gpu-run.ipynb", "gpu-evaluate.ipynb", "gpu-run.png"]
+    )
+    assert len(files) <= FILES
+    for name in STAGES:
+        record = read_json(out / f"gpu-{name}.json")
+        assert record["finished"] and record["error"] is None
+        assert record["device"] == "cpu" and record["rehearsal"] is True
+        assert f"{name}: a rehearsal, finished" in printed
+    checks = read_json(out / "gpu-correctness.json")
+    assert checks["failed"] == []
+    ran = {name for name, one in checks["checks"].items() if one["ok"]}
+    assert {"agreement", "halves", "overflow", "determinism", "resume"} <= ran
+    trial = read_json(out / "gpu-trial.json")
+    assert len(trial["metrics"]) == 5 and trial["final_model"]["finished"]
+    assert trial["files"]["model.safetensors"]["bytes"] > 0
+    run = read_json(out / "gpu-run.json")
+    assert len(run["metrics"]) == run["plan"]["steps"]
+    assert run["evaluation"]["perplexity"]["bits_per_byte"] > 0
+    assert run["evaluation"]["weights"] == run["final_model"]["model_sha256"]
+
+
+def test_a_rehearsal_is_not_kept_and_a_bench_gets_its_usual_name(tmp_path: Path):
+    source, results = tmp_path / "out", tmp_path / "results"
+    source.mkdir()
+    results.mkdir()
+    with pytest.raises(SystemExit, match="no gpu-"):
+        gpu_keep.keep(source, results)
+    head = {"rehearsal": False, "gpu": {"name": "a card"}}
+    arms, ablation = (
+        {"kind": kind, "preset": "350m"} for kind in ("arms", "ablation")
+    )
+    benches = {
+        "a": {"result": arms},
+        "b": {"result": ablation},
+        "c": {"code": None},
+    }
+    write_json(source / "gpu-bench.json", head | {"benches": benches})
+    (source / "gpu-run.png").write_bytes(b"x")
+    names = ["gpu-bench.json", "gpu-run.png"]
+    names += ["training-350m-cuda.json", "training-350m-cuda-ablation.json"]
+    assert gpu_keep.keep(source, results) == names
+    assert read_json(results / "training-350m-cuda.json") == arms
+    assert sorted(path.name for path in results.iterdir()) == sorted(names)
+    for rehearsal in (
+        {"rehearsal": True, "gpu": None},
+        {"rehearsal": False, "gpu": None},
+    ):
+        write_json(source / "gpu-run.json", rehearsal)
+        with pytest.raises(SystemExit, match="json: a rehearsal on a CPU"):
+            gpu_keep.keep(source, results)
+    assert not (results / "gpu-run.json").exists()
