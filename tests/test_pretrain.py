@@ -559,12 +559,11 @@ def test_the_recipe_of_the_project_is_the_default(monkeypatch):
     assert steps == {"1": 900, "short": 60}, "only among tests is the run cut short"
     monkeypatch.setenv("ALBOR_TEST", "0")
     monkeypatch.chdir(ROOT.parent)
-    values = run(until="def choose_folder(recipe):\n")
+    values = run(until='with stage("checks")')
     newest = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: newest)
-    assert values["choose_recipe"](torch.device("cuda")).name == (
-        "pretrain-350m-cuda-test"
-    )
+    recipe, _ = values["this_run"](torch.device("cuda"))
+    assert recipe.name == "pretrain-350m-cuda-test"
     assert values["home"] == ROOT
     assert project_path("x") == ROOT.parent / "x"
 
@@ -585,9 +584,7 @@ def test_token_rows_need_all_three_files(project):
     with pytest.raises(
         ConfigError, match=r"data.train = 'rows.parquet': not there"
     ):
-        run(config="rows", until="def choose_folder")["choose_recipe"](
-            torch.device("cpu")
-        )
+        run(config="rows", until="def choose_micro_batch")
 
 
 def test_a_run_on_token_rows(project):
