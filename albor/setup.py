@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import albor
-from albor.artifacts import read_json, write_json
+from albor.artifacts import read_json, sha256_file, write_json
 from albor.checkpoint import (
     CheckpointError,
     forget_states_after,
@@ -31,7 +31,9 @@ from albor.checkpoint import (
 )
 from albor.config import ConfigError, Recipe, load_recipe, project_path, suggest
 from albor.corpus import resolve
-from albor.step import pick_precision
+from albor.hardware import pick_precision
+from albor.shapes import count_parameters, parameter_shapes
+from albor.shards import TokenStream, unigram_cross_entropy
 from albor.texts import Texts, find_home
 from albor.train import METRICS
 
@@ -41,6 +43,7 @@ __all__ = [
     "choose_folder",
     "choose_recipe",
     "commit",
+    "describe_result",
     "describe_run",
     "describe_session",
     "fits",
@@ -252,3 +255,38 @@ def begin_folder(
     texts[1].save(folder)
     story = {**settings, "corpus": texts[0], "sessions": [*earlier, session]}
     write_json(folder / "provenance.json", story)
+
+
+def describe_result(
+    recipe: Recipe,
+    steps: int,
+    *,
+    seed: int,
+    train_loss: float,
+    judged: tuple[float, int],
+    streams: tuple[TokenStream, TokenStream],
+    weights: Path,
+) -> dict[str, Any]:
+    """What was made: `judged` are the held-out loss in nats and its tokens."""
+    plan, (loss, count), (seen, held_out) = recipe.training, judged, streams
+    vocabulary = recipe.model.vocab_size
+    own = unigram_cross_entropy(held_out, held_out, vocabulary, smoothing=0)
+    together = recipe.data.batch_size * plan.gradient_accumulation
+    return {
+        "name": recipe.name,
+        "parameters": count_parameters(recipe.model),
+        "tensors": len(parameter_shapes(recipe.model)),
+        "steps": steps,
+        "finished": steps == plan.max_steps,
+        "tokens": steps * together * recipe.data.seq_len,
+        "seed": seed,
+        "precision": plan.mixed_precision,
+        "train_loss": train_loss,
+        "val_loss": loss,
+        "val_perplexity": math.exp(min(loss, 700)),
+        "val_tokens": count,
+        "unigram_cross_entropy": unigram_cross_entropy(seen, held_out, vocabulary),
+        "val_unigram_entropy": own,
+        "ln_vocabulary": math.log(vocabulary),
+        "model_sha256": sha256_file(weights),
+    }

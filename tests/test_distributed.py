@@ -209,7 +209,10 @@ def nan_on_rank_1(rank):
 
 def test_what_is_not_finite_on_one_rank_ends_all_in_that_step(project):
     ends = start(project, "small", "--output-dir", "nan", fault=nan_on_rank_1)
-    assert ends == {0: (NonFiniteError.__name__, 5), 1: (NonFiniteError.__name__, 5)}
+    assert ends == {
+        0: (NonFiniteError.__name__, 5),
+        1: (NonFiniteError.__name__, 5),
+    }
     assert latest_state(project / "nan").name == "step-4"
     assert not (project / "nan" / "final_model.json").exists()
 

@@ -370,19 +370,19 @@ def test_resume_on_a_machine_that_has_changed(project, capsys):
 def test_memory_decides_the_micro_batch_and_a_resumed_run_keeps_it(
     project, monkeypatch
 ):
-    from albor import step
+    from albor import hardware
     from albor.config import load_recipe, memory_estimate
 
     recipe = load_recipe("small")
     room = memory_estimate(recipe.model, 1, 24, "fp32")["total"] / 0.9 + 64
     values = run(config="small", output_dir="a", max_minutes=1e-9)
     assert values["micro_batch"] == 2
-    monkeypatch.setattr(step, "free_memory", lambda device: int(room))
+    monkeypatch.setattr(hardware, "free_memory", lambda device: int(room))
     values = run(config="small", output_dir="b", max_minutes=1e-9)
     assert values["micro_batch"] == 1
-    monkeypatch.setattr(step, "free_memory", lambda device: None)
+    monkeypatch.setattr(hardware, "free_memory", lambda device: None)
     assert run(config="small", output_dir="b", resume=True)["micro_batch"] == 1
-    monkeypatch.setattr(step, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(hardware, "free_memory", lambda device: 1000)
     with pytest.raises(ConfigError, match="available_bytes"):
         run(config="small", output_dir="c")
     assert not (project / "c").exists()
