@@ -26,7 +26,12 @@ from albor.artifacts import read_jsonl, write_json
 from albor.checkpoint import load_state, save_model, save_state, verify_state
 from albor.config import ConfigError, Recipe, fit_micro_batch, preflight
 from albor.guards import Guards
-from albor.hardware import free_memory, keep_freed_memory
+from albor.hardware import (
+    attention_kernel,
+    free_memory,
+    keep_freed_memory,
+    make_deterministic,
+)
 from albor.model import Albor
 from albor.optimizer import build_optimizer
 from albor.ranks import (
@@ -38,6 +43,7 @@ from albor.ranks import (
     refuse_ranks,
     shared_loss,
 )
+from albor.resident import compiled_loss
 from albor.setup import (
     begin_folder,
     choose_folder,
@@ -50,7 +56,7 @@ from albor.setup import (
 from albor.shards import TokenStream
 from albor.step import make_scaler
 from albor.texts import Texts, find_texts, open_batches
-from albor.train import METRICS, evaluate_loss, progress_line, train
+from albor.train import METRICS, Summary, evaluate_loss, progress_line, train
 
 __all__ = ["Plan", "main", "make_plan", "run"]
 
@@ -87,7 +93,7 @@ def make_plan(options: argparse.Namespace, world: World) -> tuple[Plan, Texts]:
     if free is not None:  # on a CPU all processes of the machine live in one memory
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         room = int(0.9 * free) // (1 if world.target.type == "cuda" else local)
-        micro, _ = fit_micro_batch(recipe, room)
+        micro, _ = fit_micro_batch(recipe, room, world.target.type)
     micro = min(micro, extra["micro_batch"]) if extra else micro
     texts = find_texts(recipe, state, extra)
     start = before["step"] if before else 0
@@ -120,25 +126,34 @@ def run(options: argparse.Namespace, world: World) -> None:
         recipe, train_tokens, target, seed=seed, rank=world.rank, ranks=world.size
     )
     preflight(recipe, batches.sequences)
+    if recipe.training.deterministic:
+        make_deterministic()
     model = Albor(recipe.model, seed=seed).to(target)
+    model.recompute = recipe.training.recompute
     optimizer = build_optimizer(model, recipe.optimizer)
     scaler = make_scaler(half, target)
     if plan.state:
         extra = load_state(plan.state, model, optimizer)["extra"]
         if scaler:
             scaler.load_state_dict(extra["scaler"])
+    wanted = {"auto": target.type == "cuda", "always": True, "never": False}
+    loss = compiled_loss(model) if wanted[recipe.training.compile] else None
     how: dict[str, Any] = {
         "start_step": start,
         "micro_batch": plan.micro_batch,
         "precision": half,
         "scaler": scaler,
-        "loss": shared_loss(model, world),
+        "loss": shared_loss(model, world, loss),
         "reduce": add_up if world.size > 1 else None,
     }
+
+    def go(**more: Any) -> Summary:
+        with attention_kernel(recipe.training.attention):
+            return train(model, optimizer, batches, recipe, **how, **more)
+
     if not lead:
         with tempfile.TemporaryDirectory(prefix="albor-") as scratch:
-            how["output_dir"] = scratch
-            follow(world, lambda: train(model, optimizer, batches, recipe, **how))
+            follow(world, lambda: go(output_dir=scratch))
         dist.barrier()  # rank 0 judges and writes what was made
         return
 
@@ -169,31 +184,26 @@ def run(options: argparse.Namespace, world: World) -> None:
 
     guards.begin()
     begin_folder(folder, settings, texts[0], session, plan.state)
-    summary = train(
-        model,
-        optimizer,
-        batches,
-        recipe,
+    summary = go(
         output_dir=folder,
         evaluate=lambda: judge(recipe.training.eval_sequences)[0],
         save=save,
         inspect=guards.inspect,
         on_log=show,
-        **how,
     )
-    loss, count = judge(0)
+    judged = judge(0)
     save_model(folder, model, texts[0][1])
     result = describe_result(
         recipe,
         summary.steps,
         seed=seed,
         train_loss=read_jsonl(folder / METRICS)[-1]["loss"],
-        judged=(loss, count),
+        judged=judged,
         streams=(train_tokens, val_tokens),
         weights=folder / "model.safetensors",
     )
     write_json(folder / "final_model.json", result)
-    say(f"validation loss {loss:.3f} nats per token, on {count:,} tokens")
+    say("validation loss {:.3f} nats per token, on {:,} tokens".format(*judged))
     if world.size > 1:
         dist.barrier()
 

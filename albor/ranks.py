@@ -28,6 +28,7 @@ from albor.model import Albor
 __all__ = [
     "PATIENCE",
     "Loss",
+    "LossFunction",
     "World",
     "add_gradients",
     "add_up",
@@ -125,16 +126,19 @@ def follow(world: World, work: Callable[[], Any]) -> Any:
         return pool.submit(there).result()
 
 
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # (B, T) ids, targets -> mean
+
+
 class Loss(nn.Module):
     """The loss of a model as a module, for DDP wraps what has a forward."""
 
-    def __init__(self, model: Albor) -> None:
+    def __init__(self, model: Albor, loss: LossFunction | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.loss = model, loss or model.loss
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of (B, T) ids against (B, T) targets, in nats."""
-        return self.model.loss(ids, targets)
+        return self.loss(ids, targets)
 
 
 def add_gradients(
@@ -145,13 +149,18 @@ def add_gradients(
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def shared_loss(model: Albor, world: World) -> nn.Module | None:
-    """The loss whose backward adds up over all ranks; None for one alone."""
+def shared_loss(
+    model: Albor, world: World, loss: LossFunction | None = None
+) -> LossFunction | None:
+    """`model.loss`, or another, whose backward adds up over all ranks.
+
+    Alone there is nothing to share, and `loss` comes back as it is.
+    """
     if world.size == 1:
-        return None
+        return loss
     cards = [world.target] if world.target.type == "cuda" else None
     shared = DistributedDataParallel(
-        Loss(model),
+        Loss(model, loss),
         device_ids=cards,
         broadcast_buffers=False,  # tables of angles, equal everywhere
         gradient_as_bucket_view=True,  # no second copy of the gradients
