@@ -129,7 +129,7 @@ def run(options: argparse.Namespace, world: World) -> None:
     if recipe.training.deterministic:
         make_deterministic()
     model = Albor(recipe.model, seed=seed).to(target)
-    model.recompute = recipe.training.recompute
+    model.model.recompute = recipe.training.recompute
     optimizer = build_optimizer(model, recipe.optimizer)
     scaler = make_scaler(half, target)
     if plan.state:

@@ -41,15 +41,15 @@ __all__ = [
 
 
 def refuse_ranks(recipe: Recipe, ranks: int) -> int:
-    """The sequences of one rank in a step; refused if they are not a whole number."""
+    """The sequences of a rank in a step; refused if not a whole number."""
     together = recipe.data.batch_size * recipe.training.gradient_accumulation
     if together % ranks:
         fitting = [n for n in range(1, together + 1) if together % n == 0]
         near = ", ".join(map(str, [n for n in fitting if n <= 2 * ranks]))
         raise ConfigError(
             f"world size = {ranks}: does not divide the {together} sequences of a "
-            f"step (data.batch_size x training.gradient_accumulation); start {near} "
-            "processes, or change training.gradient_accumulation"
+            "step (data.batch_size x training.gradient_accumulation); start "
+            f"{near} processes, or change training.gradient_accumulation"
         )
     return together // ranks
 
