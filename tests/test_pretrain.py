@@ -370,19 +370,19 @@ def test_resume_on_a_machine_that_has_changed(project, capsys):
 def test_memory_decides_the_micro_batch_and_a_resumed_run_keeps_it(
     project, monkeypatch
 ):
-    from albor import step
+    from albor import hardware
     from albor.config import load_recipe, memory_estimate
 
     recipe = load_recipe("small")
     room = memory_estimate(recipe.model, 1, 24, "fp32")["total"] / 0.9 + 64
     values = run(config="small", output_dir="a", max_minutes=1e-9)
     assert values["micro_batch"] == 2
-    monkeypatch.setattr(step, "free_memory", lambda device: int(room))
+    monkeypatch.setattr(hardware, "free_memory", lambda device: int(room))
     values = run(config="small", output_dir="b", max_minutes=1e-9)
     assert values["micro_batch"] == 1
-    monkeypatch.setattr(step, "free_memory", lambda device: None)
+    monkeypatch.setattr(hardware, "free_memory", lambda device: None)
     assert run(config="small", output_dir="b", resume=True)["micro_batch"] == 1
-    monkeypatch.setattr(step, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(hardware, "free_memory", lambda device: 1000)
     with pytest.raises(ConfigError, match="available_bytes"):
         run(config="small", output_dir="c")
     assert not (project / "c").exists()
@@ -559,12 +559,11 @@ def test_the_recipe_of_the_project_is_the_default(monkeypatch):
     assert steps == {"1": 900, "short": 60}, "only among tests is the run cut short"
     monkeypatch.setenv("ALBOR_TEST", "0")
     monkeypatch.chdir(ROOT.parent)
-    values = run(until="def choose_folder(recipe):\n")
+    values = run(until='with stage("checks")')
     newest = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: newest)
-    assert values["choose_recipe"](torch.device("cuda")).name == (
-        "pretrain-350m-cuda-test"
-    )
+    recipe, _ = values["this_run"](torch.device("cuda"))
+    assert recipe.name == "pretrain-350m-cuda-test"
     assert values["home"] == ROOT
     assert project_path("x") == ROOT.parent / "x"
 
@@ -585,9 +584,7 @@ def test_token_rows_need_all_three_files(project):
     with pytest.raises(
         ConfigError, match=r"data.train = 'rows.parquet': not there"
     ):
-        run(config="rows", until="def choose_folder")["choose_recipe"](
-            torch.device("cpu")
-        )
+        run(config="rows", until="def choose_micro_batch")
 
 
 def test_a_run_on_token_rows(project):

@@ -1,0 +1,236 @@
+# Generated from book/distributed.md: edit the chapter, not this file.
+"""The run of the pretrain notebook in N processes, each with a part of every batch.
+
+    python -m torch.distributed.run --nproc-per-node N -m albor.distributed RECIPE
+
+Notable here:
+- DDP: each rank has the whole model; gradients are averaged during the backward;
+- rank 0 prepares, logs, evaluates, saves; the others compute, and obey rank 0;
+- a run may go on with another number of processes, on the same stream of samples;
+- without torchrun it is the same program in one process.
+"""
+
+import argparse
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record as elastic
+
+from albor.artifacts import read_jsonl, write_json
+from albor.checkpoint import load_state, save_model, save_state, verify_state
+from albor.config import ConfigError, Recipe, fit_micro_batch, preflight
+from albor.guards import Guards
+from albor.hardware import (
+    attention_kernel,
+    free_memory,
+    keep_freed_memory,
+    make_deterministic,
+)
+from albor.model import Albor
+from albor.optimizer import build_optimizer
+from albor.ranks import (
+    World,
+    add_up,
+    follow,
+    from_rank_0,
+    joined,
+    refuse_ranks,
+    shared_loss,
+)
+from albor.resident import compiled_loss
+from albor.setup import (
+    begin_folder,
+    choose_folder,
+    choose_recipe,
+    describe_result,
+    describe_run,
+    describe_session,
+    refuse_other_run,
+)
+from albor.shards import TokenStream
+from albor.step import make_scaler
+from albor.texts import Texts, find_texts, open_batches
+from albor.train import METRICS, Summary, evaluate_loss, progress_line, train
+
+__all__ = ["Plan", "main", "make_plan", "run"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a rank must know to take its part."""
+
+    recipe: Recipe
+    folder: Path
+    state: Path | None
+    start: int
+    tokens: Path
+    micro_batch: int
+
+
+def make_plan(options: argparse.Namespace, world: World) -> tuple[Plan, Texts]:
+    """Everything that is decided, refused or prepared before the first step."""
+    recipe = choose_recipe(
+        options.recipe,
+        world.target,
+        corpus=options.corpus,
+        max_steps=options.max_steps,
+    )
+    share = refuse_ranks(recipe, world.size)
+    folder, state = choose_folder(recipe, options.output_dir, options.resume)
+    before = verify_state(state) if state else None
+    extra = before["extra"] if before else None
+    if extra:
+        refuse_other_run(recipe, options.seed, extra, {"training.mixed_precision"})
+        kept = extra["recipe"]["training"]["mixed_precision"]
+        recipe = recipe.with_training(mixed_precision=kept)
+    micro, free = recipe.data.batch_size, free_memory(world.target)
+    if free is not None:  # on a CPU all processes of the machine live in one memory
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        room = int(0.9 * free) // (1 if world.target.type == "cuda" else local)
+        micro, _ = fit_micro_batch(recipe, room, world.target.type)
+    micro = min(micro, extra["micro_batch"]) if extra else micro
+    texts = find_texts(recipe, state, extra)
+    start = before["step"] if before else 0
+    micro = math.gcd(micro, share)  # each rank takes a whole number of slices
+    return Plan(recipe, folder, state, start, texts[2], micro), texts
+
+
+def run(options: argparse.Namespace, world: World) -> None:
+    """Train, alone or with others; rank 0 writes the folder of the run."""
+    lead, target, seed = world.rank == 0, world.target, options.seed
+    texts: list[Texts] = []  # on rank 0 alone
+
+    def prepare() -> Plan:
+        plan, found = make_plan(options, world)
+        texts.append(found)
+        return plan
+
+    plan: Plan = from_rank_0(world, prepare)
+    recipe, folder, start = plan.recipe, plan.folder, plan.start
+    half, end = recipe.training.mixed_precision, recipe.training.max_steps
+    say: Callable[..., None] = print if lead else lambda *words, **how: None
+    say(f"recipe {recipe.name}, {end} steps, {target}, {half}, {world.size} ranks")
+    if start == end and (folder / "final_model.json").exists():
+        say(f"this run is finished, with {start} steps: nothing is done or written")
+        return
+    train_tokens, val_tokens = (
+        TokenStream.open(plan.tokens, part) for part in ("train", "val")
+    )
+    batches = open_batches(
+        recipe, train_tokens, target, seed=seed, rank=world.rank, ranks=world.size
+    )
+    preflight(recipe, batches.sequences)
+    if recipe.training.deterministic:
+        make_deterministic()
+    model = Albor(recipe.model, seed=seed).to(target)
+    model.model.recompute = recipe.training.recompute
+    optimizer = build_optimizer(model, recipe.optimizer)
+    scaler = make_scaler(half, target)
+    if plan.state:
+        extra = load_state(plan.state, model, optimizer)["extra"]
+        if scaler:
+            scaler.load_state_dict(extra["scaler"])
+    wanted = {"auto": target.type == "cuda", "always": True, "never": False}
+    loss = compiled_loss(model) if wanted[recipe.training.compile] else None
+    how: dict[str, Any] = {
+        "start_step": start,
+        "micro_batch": plan.micro_batch,
+        "precision": half,
+        "scaler": scaler,
+        "loss": shared_loss(model, world, loss),
+        "reduce": add_up if world.size > 1 else None,
+    }
+
+    def go(**more: Any) -> Summary:
+        with attention_kernel(recipe.training.attention):
+            return train(model, optimizer, batches, recipe, **how, **more)
+
+    if not lead:
+        with tempfile.TemporaryDirectory(prefix="albor-") as scratch:
+            follow(world, lambda: go(output_dir=scratch))
+        dist.barrier()  # rank 0 judges and writes what was made
+        return
+
+    settings = describe_run(recipe, seed, texts[0], plan.micro_batch)
+    session = describe_session(target, start) | {"processes": world.size}
+    guards = Guards(
+        model,
+        optimizer,
+        recipe,
+        folder=folder,
+        start_step=start,
+        scaled=scaler is not None,
+    )
+
+    def save(done: int) -> None:
+        guards.before_save(done)
+        extra = settings | {"scaler": scaler.state_dict() if scaler else None}
+        save_state(folder, done, model, optimizer, extra)
+
+    def judge(sequences: int) -> tuple[float, int]:
+        width = recipe.data.seq_len
+        return evaluate_loss(
+            model, val_tokens, width, sequences=sequences, precision=half
+        )
+
+    def show(line: dict[str, Any], seconds_left: float) -> None:
+        say(progress_line(line, end, seconds_left), flush=True)
+
+    guards.begin()
+    begin_folder(folder, settings, texts[0], session, plan.state)
+    summary = go(
+        output_dir=folder,
+        evaluate=lambda: judge(recipe.training.eval_sequences)[0],
+        save=save,
+        inspect=guards.inspect,
+        on_log=show,
+    )
+    judged = judge(0)
+    save_model(folder, model, texts[0][1])
+    result = describe_result(
+        recipe,
+        summary.steps,
+        seed=seed,
+        train_loss=read_jsonl(folder / METRICS)[-1]["loss"],
+        judged=judged,
+        streams=(train_tokens, val_tokens),
+        weights=folder / "model.safetensors",
+    )
+    write_json(folder / "final_model.json", result)
+    say("validation loss {:.3f} nats per token, on {:,} tokens".format(*judged))
+    if world.size > 1:
+        dist.barrier()
+
+
+@elastic  # torchrun repeats the error of the process that failed first
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="albor.distributed")
+    parser.add_argument("recipe", help="name or file of a recipe")
+    parser.add_argument("--max-steps", type=int, default=0, help="0: the recipe's")
+    parser.add_argument("--output-dir", default="", help="'': checkpoints/RECIPE")
+    parser.add_argument("--corpus", default="", help="folders or packages")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    resume = "from the newest state in the output folder, or from a state's folder"
+    parser.add_argument(
+        "--resume", nargs="?", const=True, default=False, help=resume
+    )
+    options = parser.parse_args(arguments)
+    with joined(options.device) as world:
+        if world.target.type == "cpu":
+            keep_freed_memory()
+        try:
+            run(options, world)
+        except ConfigError as error:
+            raise SystemExit(f"refused: {error}") from None
+
+
+if __name__ == "__main__" and __spec__:  # python -m, and not this page
+    main()
