@@ -2,7 +2,8 @@
 """The full training state: a killed run goes on from it as if nothing had been.
 
 Notable:
-- it holds weights, both moments of every tensor, step counts and random generators
+- it holds weights, all that the optimizer keeps for each of them, random generators
+- which that is, the optimizer is asked: nothing here knows AdamW by name
 - it is written beside, flushed, and renamed: it is there whole or not at all
 - a load checks everything first and changes the model afterwards, or not at all
 - safetensors and JSON alone: nothing here can run code from a file
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,8 @@ from albor.weights import save_model as save_model  # can be had from this modul
 
 __all__ = [
     "FORMAT",
-    "MOMENTS",
-    "forget_states_after",
+    "Snapshot",
+    "kept_shapes",
     "latest_state",
     "load_state",
     "moment_tensors",
@@ -46,21 +48,22 @@ __all__ = [
     "saved_states",
     "sound_state",
     "state_bytes",
+    "take_state",
     "trained",
     "verify_state",
     "write_files",
+    "write_state",
 ]
 
 
 FORMAT = 1  # of the state folder
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
 
 
 def state_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Bytes that a state takes; e.g. `state_bytes(parameter_shapes(config))`.
 
-    Float32 weights and two moments are 12 bytes a parameter; the rest is headers. A
-    new state is written before an old one goes: to keep 2, a run needs room for 3.
+    Float32 weights and AdamW's two moments are 12 bytes a parameter, the rest is
+    headers. Muon's matrices have one moment: for them this is an upper bound.
     """
     values = sum(torch.Size(shape).numel() for shape in shapes.values())
     return 12 * values + sum(4 * len(name) + 512 for name in shapes) + 65536
@@ -74,8 +77,11 @@ def saved_states(folder: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def verify_state(path: str | Path) -> dict[str, Any]:
-    """Read `state.json` and hold every file to its SHA-256; return the record."""
+def verify_state(path: str | Path, hashes: bool = True) -> dict[str, Any]:
+    """Read `state.json` and hold every file to its SHA-256; return the record.
+
+    Without `hashes` the files need only be there: quick, and no proof.
+    """
     path = Path(path)
     try:
         record = artifacts.read_json(path / "state.json")
@@ -84,7 +90,8 @@ def verify_state(path: str | Path) -> dict[str, Any]:
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']}; only {FORMAT} is read")
         for name, expected in record["files"].items():
-            if artifacts.sha256_file(path / name) != expected:
+            (path / name).stat()
+            if hashes and artifacts.sha256_file(path / name) != expected:
                 raise ValueError(f"{name} does not have its recorded SHA-256")
         return record
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -120,18 +127,55 @@ def trained(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p in held}
 
 
-def moment_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """`NAME.exp_avg`, `NAME.exp_avg_sq` and `NAME.step` of every trained parameter.
+def kept_shapes(
+    model: nn.Module, optimizer: Optimizer
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """What the optimizer keeps for each parameter: names, and () or its shape.
 
-    A parameter that was never updated has none yet; to AdamW, zeros mean the same.
+    Found by an update of stand-ins, since before its first update it keeps nothing.
     """
-    tensors: dict[str, Tensor] = {}
+    held, probe = trained(model, optimizer), object.__new__(type(optimizer))
+    stand_ins = {
+        p: torch.zeros([1] * p.dim(), device=p.device) for p in held.values()
+    }
+    for one in stand_ins.values():
+        one.grad = torch.zeros_like(one)
+    vars(probe).update(vars(optimizer))
+    vars(probe).pop("step", None)  # a scheduler's wrapper would update the real one
+    probe.state = defaultdict(dict)
+    probe.param_groups = [
+        {**group, "params": [stand_ins[p] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    probe.step()
+    return {
+        name: {
+            part: tuple(p.shape) if value.dim() else ()
+            for part, value in probe.state[stand_ins[p]].items()
+        }
+        for name, p in held.items()
+    }
+
+
+def moment_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """All that the optimizer keeps, as `NAME.PART`, e.g. `NAME.exp_avg`.
+
+    A parameter that was never updated has nothing yet: zeros mean the same to AdamW
+    and Muon. Float32, as a load wants it.
+    """
+    tensors, kept = {}, kept_shapes(model, optimizer)
     for name, p in trained(model, optimizer).items():
-        fresh = (torch.zeros_like(p), torch.zeros_like(p), torch.zeros(()))
-        state = optimizer.state.get(p) or dict(zip(MOMENTS, fresh, strict=True))
-        if sorted(state) != sorted(MOMENTS):
-            raise CheckpointError(f"{name} has {[*state]}; AdamW has {[*MOMENTS]}")
-        tensors |= {f"{name}.{part}": state[part].detach() for part in MOMENTS}
+        fresh = {part: torch.zeros(shape) for part, shape in kept[name].items()}
+        state = optimizer.state.get(p) or fresh
+        forms = {
+            part: tuple(value.shape)
+            if getattr(value, "dtype", 0) == torch.float32
+            else f"{getattr(value, 'dtype', type(value).__name__)}"
+            for part, value in state.items()
+        }
+        if forms != kept[name]:
+            raise CheckpointError(f"{name} has {forms}; a fresh one {kept[name]}")
+        tensors |= {f"{name}.{part}": t.detach() for part, t in state.items()}
     return tensors
 
 
@@ -174,57 +218,65 @@ def remove_state(path: Path) -> None:
         shutil.rmtree(trash)
 
 
-def forget_states_after(folder: str | Path, step: int) -> list[Path]:
-    """Remove the states of later steps, and return what they were.
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A state that is not on the disk yet."""
 
-    To be called before a run goes on from an older state: `latest_state` would find
-    the later ones, which belong to a future that is not going to happen.
-    """
-    later = [path for at, path in saved_states(folder).items() if at > step]
-    for path in later:
-        remove_state(path)
-    return later
+    folder: Path  # of the run
+    record: dict[str, Any]  # what `state.json` will say
+    tensors: dict[str, dict[str, Tensor]]  # by file, then by name
 
 
-def save_state(
+def take_state(
     folder: str | Path,
     step: int,
     model: Albor,
     optimizer: Optimizer,
     extra: dict[str, Any],
-    keep: int = 2,
-) -> Path:
-    """Write all that training needs to go on to `folder/state/step-N`; return that.
+    val_loss: float | None = None,
+) -> Snapshot:
+    """Gather all that training needs to go on; refuse what must not be kept.
 
-    `extra` is the caller's, in JSON. Once this is complete, all but the `keep` last
-    are removed. A sound state is never rewritten: for the same weights and moments
-    it stays, for others the call is refused. A folder has one writer.
+    `extra` is the caller's, in JSON, `val_loss` in nats. The tensors are still the
+    model's and the optimizer's own: the next update changes them.
     """
-    if step < 0 or keep < 1:
-        raise CheckpointError(f"need step >= 0 and keep > 0, got {step} and {keep}")
-    states = Path(folder) / "state"
-    final, beside = states / f"step-{step}", states / f".step-{step}.new"
+    if step < 0:
+        raise CheckpointError(f"step is {step}; the first state is that of step 0")
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = moment_tensors(model, optimizer)
     refuse_nonfinite(weights | moments, f"step {step}")
-    tensors = {"model": weights, "optimizer": moments, "rng": random_states()}
-    shape = dataclasses.asdict(model.config)
-    record = {"step": step, "extra": extra, "model": shape}
+    record = {"step": step, "extra": extra, "val_loss": val_loss}
+    record["model"] = dataclasses.asdict(model.config)
+    record["optimizer"] = type(optimizer).__name__
     try:
-        artifacts.to_json(extra)
+        artifacts.to_json(record)
     except artifacts.ArtifactError as error:
-        raise CheckpointError(f"extra of step {step}: {error}") from error
+        raise CheckpointError(f"record of step {step}: {error}") from error
     for at, path in saved_states(folder).items():
         if at > step and sound_state(path):
             raise CheckpointError(
                 f"{path} is later than step {step}: go on from there, give another "
                 f"folder, or drop it with forget_states_after(folder, {step})"
             )
-    with disk_errors(states, state_bytes({n: t.shape for n, t in weights.items()})):
+    tensors = {"model": weights, "optimizer": moments, "rng": random_states()}
+    return Snapshot(Path(folder), record, tensors)
+
+
+def write_state(snapshot: Snapshot) -> Path:
+    """Write a state to `folder/state/step-N`, whole or not at all; return that.
+
+    A sound state is never rewritten: for the same weights and moments it stays, for
+    others the call is refused. A folder has one writer.
+    """
+    states, step = snapshot.folder / "state", snapshot.record["step"]
+    final, beside = states / f"step-{step}", states / f".step-{step}.new"
+    tensors = [t for named in snapshot.tensors.values() for t in named.items()]
+    needed = sum(128 + len(name) + t.nbytes for name, t in tensors) + 65536
+    with disk_errors(states, needed):
         for leftover in states.glob(".step-*"):
             shutil.rmtree(leftover)
         try:
-            files = write_files(beside, tensors, record)
+            files = write_files(beside, snapshot.tensors, snapshot.record)
             if found := sound_state(final):
                 names = ("model.safetensors", "optimizer.safetensors")
                 if any(found["files"][name] != files[name] for name in names):
@@ -240,10 +292,19 @@ def save_state(
                 artifacts.sync_folder(states)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-        older = [path for at, path in saved_states(folder).items() if at < step]
-        for path in older[keep - 1 :]:
-            remove_state(path)
     return final
+
+
+def save_state(
+    folder: str | Path,
+    step: int,
+    model: Albor,
+    optimizer: Optimizer,
+    extra: dict[str, Any],
+    val_loss: float | None = None,
+) -> Path:
+    """Take a state and write it, `take_state` and `write_state`; return its path."""
+    return write_state(take_state(folder, step, model, optimizer, extra, val_loss))
 
 
 def load_state(
@@ -256,19 +317,19 @@ def load_state(
     before the first value changes.
     """
     path = Path(path)
-    record, config = verify_state(path), dataclasses.asdict(model.config)
-    saved = record["model"]
-    if differ := [key for key in config if config[key] != saved.get(key)]:
-        pairs = [f"{key} {saved.get(key)}, here {config[key]}" for key in differ]
-        raise CheckpointError(f"{path} is of another model: {'; '.join(pairs)}")
+    record, kind = verify_state(path), {"optimizer": type(optimizer).__name__}
+    here = dataclasses.asdict(model.config) | kind
+    saved = (
+        kind | record | record["model"]
+    )  # older states do not name the optimizer
+    if differ := [key for key in here if here[key] != saved.get(key)]:
+        pairs = [f"{key} {saved.get(key)}, here {here[key]}" for key in differ]
+        raise CheckpointError(f"{path} does not fit: {'; '.join(pairs)}")
     parameters, held = dict(model.named_parameters()), trained(model, optimizer)
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     weights = read_tensors(path / "model.safetensors", shapes, ("F32",))
-    shapes = {
-        f"{name}.{part}": () if part == "step" else tuple(p.shape)
-        for name, p in held.items()
-        for part in MOMENTS
-    }
+    kept = kept_shapes(model, optimizer)
+    shapes = {f"{n}.{part}": s for n in kept for part, s in kept[n].items()}
     moments = read_tensors(path / "optimizer.safetensors", shapes, ("F32",))
     generators = load_file(path / "rng.safetensors")
     # All is well: from here on the model changes.
@@ -279,7 +340,7 @@ def load_state(
     state = optimizer.state_dict()
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
     state["state"] = {
-        index: {part: moments[f"{name}.{part}"].clone() for part in MOMENTS}
+        index: {part: moments[f"{name}.{part}"].clone() for part in kept[name]}
         for index, name in enumerate(order)
     }
     optimizer.load_state_dict(state)
