@@ -3,7 +3,6 @@
 
 Notable:
 - it holds weights, all that the optimizer keeps for each of them, random generators
-- which that is, the optimizer is asked: nothing here knows AdamW by name
 - it is written beside, flushed, and renamed: it is there whole or not at all
 - a load checks everything first and changes the model afterwards, or not at all
 - safetensors and JSON alone: nothing here can run code from a file
@@ -14,18 +13,18 @@ import os
 import re
 import shutil
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from albor import artifacts
 from albor.model import Albor
+from albor.moments import moment_shapes, moment_tensors, restore_moments
 from albor.weights import (
     CheckpointError,
     disk_errors,
@@ -38,10 +37,8 @@ from albor.weights import save_model as save_model  # can be had from this modul
 __all__ = [
     "FORMAT",
     "Snapshot",
-    "kept_shapes",
     "latest_state",
     "load_state",
-    "moment_tensors",
     "random_states",
     "remove_state",
     "save_state",
@@ -49,7 +46,6 @@ __all__ = [
     "sound_state",
     "state_bytes",
     "take_state",
-    "trained",
     "verify_state",
     "write_files",
     "write_state",
@@ -116,67 +112,6 @@ def latest_state(folder: str | Path) -> Path | None:
         except CheckpointError as error:
             warnings.warn(f"{error}; trying an older one", stacklevel=2)
     return None
-
-
-def trained(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters that the optimizer holds, by name; none may be left out."""
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
-        if p.requires_grad and p not in held:
-            raise CheckpointError(f"{name} is not in the optimizer")
-    return {name: p for name, p in model.named_parameters() if p in held}
-
-
-def kept_shapes(
-    model: nn.Module, optimizer: Optimizer
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    """What the optimizer keeps for each parameter: names, and () or its shape.
-
-    Found by an update of stand-ins, since before its first update it keeps nothing.
-    """
-    held, probe = trained(model, optimizer), object.__new__(type(optimizer))
-    stand_ins = {
-        p: torch.zeros([1] * p.dim(), device=p.device) for p in held.values()
-    }
-    for one in stand_ins.values():
-        one.grad = torch.zeros_like(one)
-    vars(probe).update(vars(optimizer))
-    vars(probe).pop("step", None)  # a scheduler's wrapper would update the real one
-    probe.state = defaultdict(dict)
-    probe.param_groups = [
-        {**group, "params": [stand_ins[p] for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    probe.step()
-    return {
-        name: {
-            part: tuple(p.shape) if value.dim() else ()
-            for part, value in probe.state[stand_ins[p]].items()
-        }
-        for name, p in held.items()
-    }
-
-
-def moment_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """All that the optimizer keeps, as `NAME.PART`, e.g. `NAME.exp_avg`.
-
-    A parameter that was never updated has nothing yet: zeros mean the same to AdamW
-    and Muon. Float32, as a load wants it.
-    """
-    tensors, kept = {}, kept_shapes(model, optimizer)
-    for name, p in trained(model, optimizer).items():
-        fresh = {part: torch.zeros(shape) for part, shape in kept[name].items()}
-        state = optimizer.state.get(p) or fresh
-        forms = {
-            part: tuple(value.shape)
-            if getattr(value, "dtype", 0) == torch.float32
-            else f"{getattr(value, 'dtype', type(value).__name__)}"
-            for part, value in state.items()
-        }
-        if forms != kept[name]:
-            raise CheckpointError(f"{name} has {forms}; a fresh one {kept[name]}")
-        tensors |= {f"{name}.{part}": t.detach() for part, t in state.items()}
-    return tensors
 
 
 def random_states() -> dict[str, Tensor]:
@@ -303,7 +238,7 @@ def save_state(
     extra: dict[str, Any],
     val_loss: float | None = None,
 ) -> Path:
-    """Take a state and write it, `take_state` and `write_state`; return its path."""
+    """Take a state and write it, as the two above say; return its path."""
     return write_state(take_state(folder, step, model, optimizer, extra, val_loss))
 
 
@@ -325,25 +260,17 @@ def load_state(
     if differ := [key for key in here if here[key] != saved.get(key)]:
         pairs = [f"{key} {saved.get(key)}, here {here[key]}" for key in differ]
         raise CheckpointError(f"{path} does not fit: {'; '.join(pairs)}")
-    parameters, held = dict(model.named_parameters()), trained(model, optimizer)
+    parameters = dict(model.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     weights = read_tensors(path / "model.safetensors", shapes, ("F32",))
-    kept = kept_shapes(model, optimizer)
-    shapes = {f"{n}.{part}": s for n in kept for part, s in kept[n].items()}
+    shapes = moment_shapes(model, optimizer)
     moments = read_tensors(path / "optimizer.safetensors", shapes, ("F32",))
     generators = load_file(path / "rng.safetensors")
     # All is well: from here on the model changes.
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(weights[name])
-    names = {p: name for name, p in held.items()}
-    state = optimizer.state_dict()
-    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    state["state"] = {
-        index: {part: moments[f"{name}.{part}"].clone() for part in kept[name]}
-        for index, name in enumerate(order)
-    }
-    optimizer.load_state_dict(state)
+    restore_moments(model, optimizer, moments)
     torch.set_rng_state(generators["cpu"])
     for index in range(torch.cuda.device_count()):
         if f"cuda:{index}" in generators:
