@@ -48,8 +48,11 @@ def kept_shapes(
     }
     for one in stand_ins.values():
         one.grad = torch.zeros_like(one)
-    vars(probe).update(vars(optimizer))
-    vars(probe).pop("step", None)  # a scheduler's wrapper would update the real one
+    # A scheduler's wrapper would update the real one; the flags belong to real steps.
+    hidden = {"step", "found_inf", "grad_scale"}
+    vars(probe).update(
+        {k: v for k, v in vars(optimizer).items() if k not in hidden}
+    )
     probe.state = defaultdict(dict)
     probe.param_groups = [
         {**group, "params": [stand_ins[p] for p in group["params"]]}
