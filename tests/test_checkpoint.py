@@ -674,7 +674,7 @@ def test_leftovers_are_ignored_and_swept_away(run):
 # Forks before each attempt and kills the child at its n-th event: an operation on a
 # file that Python reports, a flush, or half a file written.
 KILLS = """
-import sys
+import signal, sys
 sys.path.insert(0, sys.argv[1])
 from test_checkpoint import *
 from pathlib import Path
@@ -722,6 +722,7 @@ while status != 0:
         StateWriter(folder, asynchronous=False).save(3, *pair, {})
         os._exit(0)
     status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = latest_state(folder)
