@@ -127,7 +127,7 @@ def refuse_small_disk(folder: str | Path, need: int) -> None:
         raise CheckpointError(
             f"{folder}: the states of this run need {need:,} bytes at once; "
             f"{free:,} are free and {taken:,} are held by its older states. Make "
-            "room, set output_dir to a folder on a larger disk, or keep fewer states"
+            "room, or set output_dir to a folder on a larger disk, or keep fewer"
         )
 
 
