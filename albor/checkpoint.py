@@ -254,9 +254,8 @@ def load_state(
     path = Path(path)
     record, kind = verify_state(path), {"optimizer": type(optimizer).__name__}
     here = dataclasses.asdict(model.config) | kind
-    saved = (
-        kind | record | record["model"]
-    )  # older states do not name the optimizer
+    # States from before it was recorded do not name their optimizer.
+    saved = kind | record | record["model"]
     if differ := [key for key in here if here[key] != saved.get(key)]:
         pairs = [f"{key} {saved.get(key)}, here {here[key]}" for key in differ]
         raise CheckpointError(f"{path} does not fit: {'; '.join(pairs)}")

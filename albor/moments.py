@@ -48,11 +48,10 @@ def kept_shapes(
     }
     for one in stand_ins.values():
         one.grad = torch.zeros_like(one)
-    # A scheduler's wrapper would update the real one; the flags belong to real steps.
-    hidden = {"step", "found_inf", "grad_scale"}
-    vars(probe).update(
-        {k: v for k, v in vars(optimizer).items() if k not in hidden}
-    )
+    vars(probe).update(vars(optimizer))
+    # A scheduler's wrapper would update the real one; flags belong to real steps.
+    for name in ("step", "found_inf", "grad_scale"):
+        vars(probe).pop(name, None)
     probe.state = defaultdict(dict)
     probe.param_groups = [
         {**group, "params": [stand_ins[p] for p in group["params"]]}
@@ -86,20 +85,15 @@ def moment_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     for name, p in trained(model, optimizer).items():
         fresh = {part: torch.zeros(shape) for part, shape in kept[name].items()}
         state = optimizer.state.get(p) or fresh
-        forms = {
-            part: getattr(value, "shape", None) for part, value in state.items()
-        }
-        if forms != kept[name] or {t.dtype for t in state.values()} - {
-            torch.float32
-        }:
+        forms = {part: getattr(t, "shape", None) for part, t in state.items()}
+        dtypes = {getattr(t, "dtype", None) for t in state.values()}
+        if forms != kept[name] or dtypes - {torch.float32}:
             kind = type(optimizer).__name__
             raise CheckpointError(
                 f"{name} has {[*state]}; {kind} keeps {[*kept[name]]}, tensors in "
                 "float32, each of the parameter's shape or one number"
             )
-        tensors |= {
-            f"{name}.{part}": value.detach() for part, value in state.items()
-        }
+        tensors |= {f"{name}.{part}": t.detach() for part, t in state.items()}
     return tensors
 
 

@@ -90,12 +90,11 @@ def remove_surplus(folder: str | Path, keep: int) -> list[Path]:
     losses = val_losses(folder)
     stay, recent = steps_to_keep(losses, keep), sorted(losses)[-keep:]
     states = saved_states(folder).items()
-    old = [
-        path for at, path in states if recent and at < recent[0] and at not in stay
-    ]
-    for path in old:
+    old = [(at, path) for at, path in states if recent and at < recent[0]]
+    surplus = [path for at, path in old if at not in stay]
+    for path in surplus:
         remove_state(path)
-    return old
+    return surplus
 
 
 def forget_states_after(folder: str | Path, step: int) -> list[Path]:
@@ -144,9 +143,7 @@ class StateWriter:
         self, folder: str | Path, keep: int = 2, asynchronous: bool = True
     ) -> None:
         if keep < 1:
-            raise CheckpointError(
-                f"keep is {keep}; at least the last state is kept"
-            )
+            raise CheckpointError(f"keep is {keep}; the last state must stay")
         self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
         self.buffers: dict[str, dict[str, torch.Tensor]] = {}
         self.pool = ThreadPoolExecutor(1, "states")
@@ -188,9 +185,8 @@ class StateWriter:
     def buffer(self, like: torch.Tensor) -> torch.Tensor:
         """Host memory for a tensor: pinned for a GPU's, or its copy would block."""
         try:
-            return torch.empty(
-                like.shape, dtype=like.dtype, pin_memory=like.is_cuda
-            )
+            size, pinned = like.shape, like.is_cuda
+            return torch.empty(size, dtype=like.dtype, pin_memory=pinned)
         except RuntimeError as error:
             raise CheckpointError(
                 f"no memory on the host for a copy of {like.nbytes:,} bytes: "
