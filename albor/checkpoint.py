@@ -2,7 +2,7 @@
 """The full training state: a killed run goes on from it as if nothing had been.
 
 Notable:
-- it holds weights, both moments of every tensor, step counts and random generators
+- it holds weights, all that the optimizer keeps for each of them, random generators
 - it is written beside, flushed, and renamed: it is there whole or not at all
 - a load checks everything first and changes the model afterwards, or not at all
 - safetensors and JSON alone: nothing here can run code from a file
@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from albor import artifacts
 from albor.model import Albor
+from albor.moments import moment_shapes, moment_tensors, restore_moments
 from albor.weights import (
     CheckpointError,
     disk_errors,
@@ -35,32 +36,30 @@ from albor.weights import save_model as save_model  # can be had from this modul
 
 __all__ = [
     "FORMAT",
-    "MOMENTS",
-    "forget_states_after",
+    "Snapshot",
     "latest_state",
     "load_state",
-    "moment_tensors",
     "random_states",
     "remove_state",
     "save_state",
     "saved_states",
     "sound_state",
     "state_bytes",
-    "trained",
+    "take_state",
     "verify_state",
     "write_files",
+    "write_state",
 ]
 
 
 FORMAT = 1  # of the state folder
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
 
 
 def state_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Bytes that a state takes; e.g. `state_bytes(parameter_shapes(config))`.
 
-    Float32 weights and two moments are 12 bytes a parameter; the rest is headers. A
-    new state is written before an old one goes: to keep 2, a run needs room for 3.
+    Float32 weights and AdamW's two moments are 12 bytes a parameter, the rest is
+    headers. Muon's matrices have one moment: for them this is an upper bound.
     """
     values = sum(torch.Size(shape).numel() for shape in shapes.values())
     return 12 * values + sum(4 * len(name) + 512 for name in shapes) + 65536
@@ -74,8 +73,11 @@ def saved_states(folder: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def verify_state(path: str | Path) -> dict[str, Any]:
-    """Read `state.json` and hold every file to its SHA-256; return the record."""
+def verify_state(path: str | Path, hashes: bool = True) -> dict[str, Any]:
+    """Read `state.json` and hold every file to its SHA-256; return the record.
+
+    Without `hashes` the files need only be there: quick, and no proof.
+    """
     path = Path(path)
     try:
         record = artifacts.read_json(path / "state.json")
@@ -84,7 +86,8 @@ def verify_state(path: str | Path) -> dict[str, Any]:
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']}; only {FORMAT} is read")
         for name, expected in record["files"].items():
-            if artifacts.sha256_file(path / name) != expected:
+            (path / name).stat()
+            if hashes and artifacts.sha256_file(path / name) != expected:
                 raise ValueError(f"{name} does not have its recorded SHA-256")
         return record
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -109,30 +112,6 @@ def latest_state(folder: str | Path) -> Path | None:
         except CheckpointError as error:
             warnings.warn(f"{error}; trying an older one", stacklevel=2)
     return None
-
-
-def trained(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters that the optimizer holds, by name; none may be left out."""
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
-        if p.requires_grad and p not in held:
-            raise CheckpointError(f"{name} is not in the optimizer")
-    return {name: p for name, p in model.named_parameters() if p in held}
-
-
-def moment_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """`NAME.exp_avg`, `NAME.exp_avg_sq` and `NAME.step` of every trained parameter.
-
-    A parameter that was never updated has none yet; to AdamW, zeros mean the same.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, p in trained(model, optimizer).items():
-        fresh = (torch.zeros_like(p), torch.zeros_like(p), torch.zeros(()))
-        state = optimizer.state.get(p) or dict(zip(MOMENTS, fresh, strict=True))
-        if sorted(state) != sorted(MOMENTS):
-            raise CheckpointError(f"{name} has {[*state]}; AdamW has {[*MOMENTS]}")
-        tensors |= {f"{name}.{part}": state[part].detach() for part in MOMENTS}
-    return tensors
 
 
 def random_states() -> dict[str, Tensor]:
@@ -174,57 +153,65 @@ def remove_state(path: Path) -> None:
         shutil.rmtree(trash)
 
 
-def forget_states_after(folder: str | Path, step: int) -> list[Path]:
-    """Remove the states of later steps, and return what they were.
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A state that is not on the disk yet."""
 
-    To be called before a run goes on from an older state: `latest_state` would find
-    the later ones, which belong to a future that is not going to happen.
-    """
-    later = [path for at, path in saved_states(folder).items() if at > step]
-    for path in later:
-        remove_state(path)
-    return later
+    folder: Path  # of the run
+    record: dict[str, Any]  # what `state.json` will say
+    tensors: dict[str, dict[str, Tensor]]  # by file, then by name
 
 
-def save_state(
+def take_state(
     folder: str | Path,
     step: int,
     model: Albor,
     optimizer: Optimizer,
     extra: dict[str, Any],
-    keep: int = 2,
-) -> Path:
-    """Write all that training needs to go on to `folder/state/step-N`; return that.
+    val_loss: float | None = None,
+) -> Snapshot:
+    """Gather all that training needs to go on; refuse what must not be kept.
 
-    `extra` is the caller's, in JSON. Once this is complete, all but the `keep` last
-    are removed. A sound state is never rewritten: for the same weights and moments
-    it stays, for others the call is refused. A folder has one writer.
+    `extra` is the caller's, in JSON, `val_loss` in nats. The tensors are still the
+    model's and the optimizer's own: the next update changes them.
     """
-    if step < 0 or keep < 1:
-        raise CheckpointError(f"need step >= 0 and keep > 0, got {step} and {keep}")
-    states = Path(folder) / "state"
-    final, beside = states / f"step-{step}", states / f".step-{step}.new"
+    if step < 0:
+        raise CheckpointError(f"step is {step}; the first state is that of step 0")
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = moment_tensors(model, optimizer)
     refuse_nonfinite(weights | moments, f"step {step}")
-    tensors = {"model": weights, "optimizer": moments, "rng": random_states()}
-    shape = dataclasses.asdict(model.config)
-    record = {"step": step, "extra": extra, "model": shape}
+    record = {"step": step, "extra": extra, "val_loss": val_loss}
+    record["model"] = dataclasses.asdict(model.config)
+    record["optimizer"] = type(optimizer).__name__
     try:
-        artifacts.to_json(extra)
+        artifacts.to_json(record)
     except artifacts.ArtifactError as error:
-        raise CheckpointError(f"extra of step {step}: {error}") from error
+        raise CheckpointError(f"record of step {step}: {error}") from error
     for at, path in saved_states(folder).items():
         if at > step and sound_state(path):
             raise CheckpointError(
                 f"{path} is later than step {step}: go on from there, give another "
                 f"folder, or drop it with forget_states_after(folder, {step})"
             )
-    with disk_errors(states, state_bytes({n: t.shape for n, t in weights.items()})):
+    tensors = {"model": weights, "optimizer": moments, "rng": random_states()}
+    return Snapshot(Path(folder), record, tensors)
+
+
+def write_state(snapshot: Snapshot) -> Path:
+    """Write a state to `folder/state/step-N`, whole or not at all; return that.
+
+    A sound state is never rewritten: for the same weights and moments it stays, for
+    others the call is refused. A folder has one writer.
+    """
+    states, step = snapshot.folder / "state", snapshot.record["step"]
+    final, beside = states / f"step-{step}", states / f".step-{step}.new"
+    tensors = [t for named in snapshot.tensors.values() for t in named.items()]
+    needed = sum(128 + len(name) + t.nbytes for name, t in tensors) + 65536
+    with disk_errors(states, needed):
         for leftover in states.glob(".step-*"):
             shutil.rmtree(leftover)
         try:
-            files = write_files(beside, tensors, record)
+            files = write_files(beside, snapshot.tensors, snapshot.record)
             if found := sound_state(final):
                 names = ("model.safetensors", "optimizer.safetensors")
                 if any(found["files"][name] != files[name] for name in names):
@@ -240,10 +227,19 @@ def save_state(
                 artifacts.sync_folder(states)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-        older = [path for at, path in saved_states(folder).items() if at < step]
-        for path in older[keep - 1 :]:
-            remove_state(path)
     return final
+
+
+def save_state(
+    folder: str | Path,
+    step: int,
+    model: Albor,
+    optimizer: Optimizer,
+    extra: dict[str, Any],
+    val_loss: float | None = None,
+) -> Path:
+    """Take a state and write it, as the two above say; return its path."""
+    return write_state(take_state(folder, step, model, optimizer, extra, val_loss))
 
 
 def load_state(
@@ -256,33 +252,24 @@ def load_state(
     before the first value changes.
     """
     path = Path(path)
-    record, config = verify_state(path), dataclasses.asdict(model.config)
-    saved = record["model"]
-    if differ := [key for key in config if config[key] != saved.get(key)]:
-        pairs = [f"{key} {saved.get(key)}, here {config[key]}" for key in differ]
-        raise CheckpointError(f"{path} is of another model: {'; '.join(pairs)}")
-    parameters, held = dict(model.named_parameters()), trained(model, optimizer)
+    record, kind = verify_state(path), {"optimizer": type(optimizer).__name__}
+    here = dataclasses.asdict(model.config) | kind
+    # States from before it was recorded do not name their optimizer.
+    saved = kind | record | record["model"]
+    if differ := [key for key in here if here[key] != saved.get(key)]:
+        pairs = [f"{key} {saved.get(key)}, here {here[key]}" for key in differ]
+        raise CheckpointError(f"{path} does not fit: {'; '.join(pairs)}")
+    parameters = dict(model.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     weights = read_tensors(path / "model.safetensors", shapes, ("F32",))
-    shapes = {
-        f"{name}.{part}": () if part == "step" else tuple(p.shape)
-        for name, p in held.items()
-        for part in MOMENTS
-    }
+    shapes = moment_shapes(model, optimizer)
     moments = read_tensors(path / "optimizer.safetensors", shapes, ("F32",))
     generators = load_file(path / "rng.safetensors")
     # All is well: from here on the model changes.
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(weights[name])
-    names = {p: name for name, p in held.items()}
-    state = optimizer.state_dict()
-    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    state["state"] = {
-        index: {part: moments[f"{name}.{part}"].clone() for part in MOMENTS}
-        for index, name in enumerate(order)
-    }
-    optimizer.load_state_dict(state)
+    restore_moments(model, optimizer, moments)
     torch.set_rng_state(generators["cpu"])
     for index in range(torch.cuda.device_count()):
         if f"cuda:{index}" in generators:

@@ -463,7 +463,7 @@ SINES = (
 )
 BETAS = "betas=(config.beta1, config.beta2)"
 GROUPS = "parameter_groups(model, config.weight_decay, config.decay)"
-RESTORED = 'moments[f"{name}.{part}"].clone() for part in MOMENTS'
+RESTORED = 'moments[f"{name}.{part}"].clone() for part in kept[name]'
 KEPT = "if p.requires_grad]"
 LRS = 'for group in optimizer.param_groups:\n        group["lr"] = lr'
 USABLE = "usable = torch.where(torch.isfinite(norm), norm, torch.zeros_like(norm))"
@@ -677,7 +677,7 @@ BUGS = (
         "moments are not restored",
         "moments",
         edit(
-            "albor.checkpoint:load_state",
+            "albor.moments:restore_moments",
             "optimizer.load_state_dict(state)",
             "pass",
         ),
@@ -687,9 +687,9 @@ BUGS = (
         "moments are 0, the count is kept",
         "moments",
         edit(
-            "albor.checkpoint:load_state",
+            "albor.moments:restore_moments",
             RESTORED,
-            'moments[f"{name}.{part}"] * (part == "step") for part in MOMENTS',
+            'moments[f"{name}.{part}"] * (part == "step") for part in kept[name]',
         ),
     ),
     Bug(

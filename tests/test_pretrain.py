@@ -388,6 +388,29 @@ def test_memory_decides_the_micro_batch_and_a_resumed_run_keeps_it(
     assert not (project / "c").exists()
 
 
+def test_the_best_state_stays_and_a_small_disk_is_refused(project, monkeypatch):
+    from albor.shapes import parameter_shapes
+    from albor.states import best_state, disk_needed, val_losses
+
+    values = run(config="small", output_dir="a")
+    losses = val_losses(project / "a")  # saved after 4, 8, 12 and 14; judged at 12
+    logged = {line["step"] + 1: line.get("val_loss") for line in values["log"]}
+    assert losses == {step: logged[step] for step in (12, 14)}
+    best = min((loss, step) for step, loss in losses.items())[1]
+    assert best_state(project / "a").name == f"step-{best}"
+
+    need = disk_needed(parameter_shapes(values["recipe"].model), keep=2)
+
+    class Usage:
+        free = need - 1
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
+    with pytest.raises(RuntimeError, match=rf"need {need:,} bytes.*output_dir"):
+        run(config="small", output_dir="b")
+    assert not (project / "b").exists()
+    run(config="small", output_dir="a", resume=True)  # finished: it writes nothing
+
+
 def test_fp16_recipe_on_a_cpu(project):
     """`auto` does what suits a CPU; asked for by name, fp16 is done."""
     values = run(until="def choose_micro_batch", config="half", output_dir="a")
