@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from albor.batches import Batches
 from albor.config import ModelConfig, OptimizerConfig
+from albor.hardware import attention_kernel
 from albor.model import Albor
 from albor.optimizer import build_optimizer, parameter_groups
-from albor.step import train_step
+from albor.shapes import LOSS_ROWS
+from albor.step import enqueue_step
 
 # The arm that the ratios are taken to.
 REFERENCE = "transformers-eager"
@@ -141,13 +143,13 @@ class Usual:
         return [float(loss) for loss in self.seen]
 
 
-def compiled(function: Callable, job: Job) -> Callable:
+def compiled(function: Callable, job: Job, whole: bool = False) -> Callable:
     """`torch.compile` as the settings say, or the function itself."""
     how = job.settings.get("compile", "never")
     if how == "never":
         return function
     mode = None if how == "always" else how
-    return torch.compile(function, dynamic=False, mode=mode)
+    return torch.compile(function, fullgraph=whole, dynamic=False, mode=mode)
 
 
 def transformers(job: Job) -> Loop:
@@ -196,40 +198,58 @@ def plain(job: Job) -> Loop:
 
 
 class Ours:
-    """Albor's step, as `albor.train` takes it; one read of the losses a log."""
+    """Albor's step as `albor.train` takes it: queued, and read now and then.
+
+    The settings switch single choices off: see `ABLATIONS`.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job, device = job, torch.device(job.device)
+        if rows := job.settings.get("loss_rows"):
+            LOSS_ROWS[device.type] = rows
         self.model = Albor(ModelConfig(**job.model))
         self.model.load_state_dict(weights(job))
         self.model.train().to(device)
+        self.model.model.recompute = job.settings.get("recompute", False)
         self.optimizer = optimizer_for(self.model, job)
         stream = np.load(Path(job.folder) / "stream.npy")
         self.batches = Batches(
             stream, job.seq_len, job.sequences, seed=job.seed, device=device
         )
+        self.loss = compiled(self.model.loss, job, whole=True)
+        self.queued: list[Tensor] = []
         self.read: list[float] = []
 
     def step(self, number: int) -> None:
-        """Queue a step and its row in the history."""
-        result = train_step(
-            self.model,
-            self.optimizer,
-            *self.batches.step(number),
-            lr=self.job.rates[number],
-            grad_clip=self.job.grad_clip,
-            micro_batch=self.job.micro_batch,
-            precision=self.job.precision,
-        )
-        self.read.append(result.loss)
+        """Queue a step; read the numbers of ten at a time."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.job.rates[number]
+        if self.job.settings.get("compile") == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        with attention_kernel(self.job.settings.get("attention", "auto")):
+            row = enqueue_step(
+                self.model,
+                self.optimizer,
+                *self.batches.step(number),
+                loss=self.loss,
+                grad_clip=self.job.grad_clip,
+                micro_batch=self.job.micro_batch,
+                precision=self.job.precision,
+            )
+        self.queued.append(row)
+        if len(self.queued) == 10 or self.job.device == "cpu":
+            self.losses()
 
     def losses(self) -> list[float]:
-        """Of all steps."""
+        """Of all steps; what is queued comes in one copy."""
+        if self.queued:
+            self.read += torch.stack(self.queued)[:, 0].tolist()
+            self.queued.clear()
         return self.read
 
 
 ARMS: dict[str, tuple[Callable[[Job], Loop], dict[str, Any]]] = {
-    "ours": (Ours, {}),
+    "ours": (Ours, {"compile": "on GPU"}),
     "transformers-eager": (transformers, {}),
     "transformers-compiled": (transformers, {"compile": "always"}),
     "transformers-graphs": (transformers, {"compile": "reduce-overhead"}),
@@ -238,8 +258,17 @@ ARMS: dict[str, tuple[Callable[[Job], Loop], dict[str, Any]]] = {
     "liger": (transformers, {"liger": True}),
 }
 
-# What is ours, switched off: name -> (devices it matters on, settings).
+# What is ours, switched off: name -> (devices it matters on, settings of the arm).
 ABLATIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "allocator as it comes": (("cpu",), {"keep_freed": False}),
     "AdamW not fused": (("cpu", "cuda"), {"fused": False}),
+    "attention not in blocks": (("cpu",), {"attention": "flash"}),
+    "logits 512 at a time": (("cpu",), {"loss_rows": 512}),
+    "logits all at once": (("cuda",), {"loss_rows": 2**40}),
+    "not compiled": (("cuda",), {"compile": "never"}),
+    "with CUDA graphs": (("cuda",), {"compile": "reduce-overhead"}),
+    "attention: flash": (("cuda",), {"attention": "flash"}),
+    "attention: cudnn": (("cuda",), {"attention": "cudnn"}),
+    "attention: efficient": (("cuda",), {"attention": "efficient"}),
+    "activations computed again": (("cuda",), {"recompute": True}),
 }

@@ -21,8 +21,8 @@ import torch
 
 from albor.ceilings import ceilings as measured_ceilings
 from albor.config import ModelConfig, parameter_shapes
+from albor.hardware import keep_freed_memory
 from albor.profiling import count_events
-from albor.step import keep_freed_memory
 from benchmarks.arms import ARMS, Job, Loop, Unavailable
 
 

@@ -38,9 +38,9 @@ from albor.ceilings import flops_per_token
 from albor.config import ModelConfig, Recipe, load_recipe, project_path
 from albor.corpus import build_corpus
 from albor.data import prepare
+from albor.hardware import pick_device, pick_precision
 from albor.model import Albor
 from albor.shards import TokenStream
-from albor.step import pick_device, pick_precision
 from albor.tokenizer import Tokenizer, TokenizerError
 from albor.train import scheduled_rate
 from benchmarks.arms import ABLATIONS, ARMS, REFERENCE, Job
@@ -262,7 +262,7 @@ def summarize(
     rounds: list[dict[str, Any]],
     tokens: int,
     reference: str,
-    flops: dict[str, float],
+    flops: dict[str, int],
     peaks: dict[str, float | None],
 ) -> dict[str, Any]:
     """One row per arm, over its rounds; `flops` per token, `peaks` in FLOP/s."""

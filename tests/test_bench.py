@@ -110,7 +110,7 @@ def test_ratios_are_taken_within_a_round() -> None:
         {"ours": [100.0], REFERENCE: [300.0]},
         {"ours": [10.0], REFERENCE: [25.0]},
     )
-    flops, peaks = {"palm": 7.0}, {"nominal": None, "measured": 70_000.0}
+    flops, peaks = {"palm": 7}, {"nominal": None, "measured": 70_000.0}
     table = training.summarize(found, 40, REFERENCE, flops, peaks)
     assert table["ours"]["ratio"] == {"median": 2.5, "low": 2.0, "high": 3.0}
     assert table[REFERENCE]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
