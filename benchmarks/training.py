@@ -130,6 +130,7 @@ def make_job(given: argparse.Namespace, folder: Path) -> Job:
         precision=pick_precision(given.precision, device),
         device=str(device),
         threads=given.threads,
+        micro_batch=given.micro_batch,
         warm_up=steps[0],
         timed=steps[1],
         after=steps[2],
@@ -196,7 +197,7 @@ def run_rounds(
                 job,
                 settings=settings,
                 after=job.after if number == 0 else 0,
-                micro_batch=sizes.get(name, 0),  # looked for once
+                micro_batch=sizes.get(name, job.micro_batch),  # looked for once
             )
             began = time.monotonic()
             results[name] = one = run_arm(kind, told, timeout)
@@ -279,7 +280,10 @@ def summarize(
             statistics.median(r["arms"][reference]["ms"])
             / statistics.median(r["arms"][name]["ms"])
             for r in rounds
-            if r["arms"].get(reference, {}).get("status") == "measured"
+            if all(
+                one["arms"].get(reference, {}).get("status") == "measured"
+                for one in rounds
+            )
         ]
         speed = statistics.median(pace)
         table[name] = {
@@ -377,6 +381,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--warm-up", type=int, help="steps before the timed ones")
     add("--timed", type=int, help="steps")
     add("--after", type=int, help="steps after them, in the first round")
+    add("--micro-batch", type=int, default=0, help="for all arms; 0: search")
     add("--device", default="auto")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     add("--threads", type=int, default=torch.get_num_threads())
