@@ -208,7 +208,7 @@ def sort_parts(records: list[Record]) -> Parts:
     begin, end = whole.start, whole.end
     if gpu := [record for record in records if record.kind in GPU]:
         begin, end = min(r.start for r in gpu), max(r.end for r in gpu)
-        by = {r.link: f"{r.name} < {callers}" for r, _, callers in spans}
+        by = {r.link: f"{r.name} < {c}" for r, _, c in spans if r.link}
         timed = [(r, r.duration, by.get(r.link, "")) for r in gpu]
     else:
         timed = [s for s in spans if s[0].thread == whole.thread and MARK in s[2]]
