@@ -22,8 +22,8 @@ from albor.config import ModelConfig, OptimizerConfig
 from albor.hardware import attention_kernel
 from albor.model import Albor
 from albor.optimizer import build_optimizer, parameter_groups
+from albor.resident import GRAPH_TOKENS, Stepper, compiled_loss
 from albor.shapes import LOSS_ROWS
-from albor.step import enqueue_step
 
 # The arm that the ratios are taken to.
 REFERENCE = "transformers-eager"
@@ -83,7 +83,7 @@ def optimizer_for(model: nn.Module, job: Job) -> torch.optim.AdamW:
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        foreach=True,
+        capturable=job.device != "cpu",  # the rate may live on the device
     )
 
 
@@ -143,13 +143,13 @@ class Usual:
         return [float(loss) for loss in self.seen]
 
 
-def compiled(function: Callable, job: Job, whole: bool = False) -> Callable:
+def compiled(function: Callable, job: Job) -> Callable:
     """`torch.compile` as the settings say, or the function itself."""
     how = job.settings.get("compile", "never")
     if how == "never":
         return function
     mode = None if how == "always" else how
-    return torch.compile(function, fullgraph=whole, dynamic=False, mode=mode)
+    return torch.compile(function, dynamic=False, mode=mode)
 
 
 def transformers(job: Job) -> Loop:
@@ -216,35 +216,33 @@ class Ours:
         self.batches = Batches(
             stream, job.seq_len, job.sequences, seed=job.seed, device=device
         )
-        self.loss = compiled(self.model.loss, job, whole=True)
-        self.queued: list[Tensor] = []
-        self.read: list[float] = []
+        how: dict[str, Any] = {
+            "grad_clip": job.grad_clip,
+            "micro_batch": job.micro_batch,
+        }
+        how |= {"precision": job.precision}
+        if job.settings["compile"] == "always":
+            how["loss"] = compiled_loss(self.model)
+        small = job.sequences * job.seq_len <= GRAPH_TOKENS
+        graph = job.device != "cpu" and job.settings.get("graph", small)
+        self.stepper = Stepper(
+            self.model, self.optimizer, job.rates, graph=graph, **how
+        )
+        self.unread, self.read = 0, list[float]()
 
     def step(self, number: int) -> None:
-        """Queue a step; read the numbers of ten at a time."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.job.rates[number]
-        if self.job.settings.get("compile") == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
+        """Queue a step; on a GPU, read the numbers of ten at a time."""
         with attention_kernel(self.job.settings.get("attention", "auto")):
-            row = enqueue_step(
-                self.model,
-                self.optimizer,
-                *self.batches.step(number),
-                loss=self.loss,
-                grad_clip=self.job.grad_clip,
-                micro_batch=self.job.micro_batch,
-                precision=self.job.precision,
-            )
-        self.queued.append(row)
-        if len(self.queued) == 10 or self.job.device == "cpu":
+            self.stepper.queue(number, *self.batches.step(number))
+        self.unread += 1
+        if self.unread == 10 or self.job.device == "cpu":
             self.losses()
 
     def losses(self) -> list[float]:
-        """Of all steps; what is queued comes in one copy."""
-        if self.queued:
-            self.read += torch.stack(self.queued)[:, 0].tolist()
-            self.queued.clear()
+        """Of all steps; those that are queued come in one copy."""
+        if self.unread:
+            self.read += [result.loss for result in self.stepper.read()]
+            self.unread = 0
         return self.read
 
 
@@ -261,12 +259,13 @@ ARMS: dict[str, tuple[Callable[[Job], Loop], dict[str, Any]]] = {
 # What is ours, switched off: name -> (devices it matters on, settings of the arm).
 ABLATIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "allocator as it comes": (("cpu",), {"keep_freed": False}),
-    "AdamW not fused": (("cpu", "cuda"), {"fused": False}),
+    "AdamW not fused": (("cpu",), {"fused": False}),
+    "AdamW not fused, no CUDA graph": (("cuda",), {"fused": False, "graph": False}),
     "attention not in blocks": (("cpu",), {"attention": "flash"}),
     "logits 512 at a time": (("cpu",), {"loss_rows": 512}),
     "logits all at once": (("cuda",), {"loss_rows": 2**40}),
     "not compiled": (("cuda",), {"compile": "never"}),
-    "with CUDA graphs": (("cuda",), {"compile": "reduce-overhead"}),
+    "no CUDA graph": (("cuda",), {"graph": False}),
     "attention: flash": (("cuda",), {"attention": "flash"}),
     "attention: cudnn": (("cuda",), {"attention": "cudnn"}),
     "attention: efficient": (("cuda",), {"attention": "efficient"}),

@@ -3,7 +3,6 @@
 python -m benchmarks.measure ARM JOB        # prints one line of JSON
 """
 
-import contextlib
 import dataclasses
 import gc
 import json
@@ -12,7 +11,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from albor.ceilings import ceilings as measured_ceilings
 from albor.config import ModelConfig, parameter_shapes
 from albor.hardware import free_memory, keep_freed_memory
 from albor.profiling import count_events
+from albor.resident import collection_paused
 from albor.shapes import memory_estimate
 from benchmarks.arms import ARMS, Job, Loop, Unavailable
 
@@ -122,17 +122,6 @@ def best_micro_batch(build: Callable[[Job], Loop], job: Job) -> tuple[int, list]
     return best[1], trials
 
 
-@contextlib.contextmanager
-def no_garbage() -> Iterator[None]:
-    """Python's collector rests: every arm would pay it at some step or other."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def measure(name: str, job: Job) -> dict[str, Any]:
     """Build an arm, take its steps, and tell what they took."""
     build, settings = ARMS[name]
@@ -151,7 +140,7 @@ def measure(name: str, job: Job) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     loop, clock = build(job), Clock(job.device)
     first = first_step(loop, job.device)
-    with no_garbage():
+    with collection_paused():
         for number in range(1, job.warm_up):
             loop.step(number)
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -165,10 +166,13 @@ def run_arm(name: str, job: Job, timeout: float) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return {"status": f"failed: not done after {timeout:g} s"}
-    lines, last = done.stdout.splitlines(), done.stderr.strip().splitlines()[-1:]
+    lines, said = done.stdout.splitlines(), done.stderr.strip().splitlines()
     if done.returncode or not lines:
-        why = last[0] if last else f"ended with {done.returncode}, without a word"
-        return {"status": f"failed: {why}"}
+        named = [
+            one for one in said if re.match(r"[\w.]+(Error|Unsupported)\b", one)
+        ]
+        last = [f"ended with {done.returncode}, without a word", *said[-1:], *named]
+        return {"status": f"failed: {last[-1]}"}
     return json.loads(lines[-1])
 
 
