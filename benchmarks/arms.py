@@ -219,8 +219,8 @@ class Ours:
         how: dict[str, Any] = {
             "grad_clip": job.grad_clip,
             "micro_batch": job.micro_batch,
+            "precision": job.precision,
         }
-        how |= {"precision": job.precision}
         if job.settings["compile"] == "always":
             how["loss"] = compiled_loss(self.model)
         small = job.sequences * job.seq_len <= GRAPH_TOKENS
