@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from albor.hardware import free_memory
 from albor.shapes import ModelConfig, parameter_shapes
-from albor.step import free_memory
 
 __all__ = [
     "Ceilings",
@@ -78,10 +78,11 @@ def median_seconds(
             [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             for _ in range(number)
         ]
+        stream = torch.cuda.current_stream(device)
         for begin, end in pairs:
-            begin.record()
+            begin.record(stream)
             run()
-            end.record()
+            end.record(stream)
         torch.cuda.synchronize(device)
         times = [begin.elapsed_time(end) * 1e-3 for begin, end in pairs]
     else:

@@ -124,7 +124,7 @@ RULES = (  # the first that is found in the name decides
     ("softmax and loss", r"^triton_\w*(softmax|logsumexp|nll_loss|cross_entropy)"),
     ("optimizer and clip", r"^triton_for_|^triton_\w*foreach"),
     ("elementwise and norms", r"^triton_|[Cc]ompiled"),
-    ("attention", r"[Ff]lash|fmha|sdpa|scaled_dot_product|cudnn.*fusion"),
+    ("attention", r"[Ff]lash|fmha|sdpa|scaled_dot_product|cudnn.*fusion|^Block"),
     ("optimizer and clip", r"multi_tensor|[Aa]dam|_foreach_|^Optimizer\.step"),
     ("matrix products", r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitK|^mkl.*linear"),
     ("matrix products", r"^aten::(mm|bmm|addmm|baddbmm|mv|addmv|dot|_scaled_mm)$"),
@@ -137,7 +137,7 @@ RULES = (  # the first that is found in the name decides
     ("elementwise and norms", r"^aten::|at::native|elementwise|reduce_kernel"),
 )
 WITHIN = (  # what a caller's name says of the small operations that it calls
-    ("attention", r"scaled_dot_product|ScaledDotProduct"),
+    ("attention", r"scaled_dot_product|ScaledDotProduct|BlockAttention"),
     ("optimizer and clip", r"Optimizer\.step|_foreach_"),
     ("softmax and loss", r"cross_entropy|CrossEntropy|log_softmax|nll_loss"),
 )
@@ -148,7 +148,7 @@ def part_of(name: str, callers: str = "") -> str:
     """The part of a step to which an operation or a kernel of this name belongs.
 
     Callers decide for the small ones: a cast within the loss counts as loss. A
-    matrix product stays one there.
+    matrix product stays one there, and within attention counts as attention.
     """
     part = next((part for part, rule in RULES if re.search(rule, name)), "other")
     for other, rule in WITHIN[:1] if part == "matrix products" else WITHIN:
@@ -208,7 +208,7 @@ def sort_parts(records: list[Record]) -> Parts:
     begin, end = whole.start, whole.end
     if gpu := [record for record in records if record.kind in GPU]:
         begin, end = min(r.start for r in gpu), max(r.end for r in gpu)
-        by = {r.link: f"{r.name} < {callers}" for r, _, callers in spans}
+        by = {r.link: f"{r.name} < {c}" for r, _, c in spans if r.link}
         timed = [(r, r.duration, by.get(r.link, "")) for r in gpu]
     else:
         timed = [s for s in spans if s[0].thread == whole.thread and MARK in s[2]]
@@ -216,7 +216,7 @@ def sort_parts(records: list[Record]) -> Parts:
     for record, duration, callers in timed:
         seconds, number = found[part := part_of(record.name, callers)]
         found[part] = seconds + duration * 1e-6, number + 1
-        if part == "attention" and (gpu or record.name.startswith("aten::_")):
+        if part_of(record.name) == "attention":
             kernels.add(record.name)
     busy, reached = 0.0, begin  # the union of intervals that may overlap
     for start, stop in sorted((record.start, record.end) for record, _, _ in timed):

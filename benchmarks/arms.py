@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from albor.batches import Batches
 from albor.config import ModelConfig, OptimizerConfig
+from albor.hardware import attention_kernel
 from albor.model import Albor
 from albor.optimizer import build_optimizer, parameter_groups
-from albor.step import train_step
+from albor.resident import GRAPH_TOKENS, Stepper, compiled_loss
+from albor.shapes import LOSS_ROWS
 
 # The arm that the ratios are taken to.
 REFERENCE = "transformers-eager"
@@ -81,7 +83,7 @@ def optimizer_for(model: nn.Module, job: Job) -> torch.optim.AdamW:
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        foreach=True,
+        capturable=job.device != "cpu",  # the rate may live on the device
     )
 
 
@@ -196,40 +198,56 @@ def plain(job: Job) -> Loop:
 
 
 class Ours:
-    """Albor's step, as `albor.train` takes it; one read of the losses a log."""
+    """Albor's step as `albor.train` takes it: queued, and read now and then.
+
+    The settings switch single choices off: see `ABLATIONS`.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job, device = job, torch.device(job.device)
+        if rows := job.settings.get("loss_rows"):
+            LOSS_ROWS[device.type] = rows
         self.model = Albor(ModelConfig(**job.model))
         self.model.load_state_dict(weights(job))
         self.model.train().to(device)
+        self.model.model.recompute = job.settings.get("recompute", False)
         self.optimizer = optimizer_for(self.model, job)
         stream = np.load(Path(job.folder) / "stream.npy")
         self.batches = Batches(
             stream, job.seq_len, job.sequences, seed=job.seed, device=device
         )
-        self.read: list[float] = []
+        how: dict[str, Any] = {
+            "grad_clip": job.grad_clip,
+            "micro_batch": job.micro_batch,
+            "precision": job.precision,
+        }
+        if job.settings["compile"] == "always":
+            how["loss"] = compiled_loss(self.model)
+        small = job.sequences * job.seq_len <= GRAPH_TOKENS
+        graph = job.device != "cpu" and job.settings.get("graph", small)
+        self.stepper = Stepper(
+            self.model, self.optimizer, job.rates, graph=graph, **how
+        )
+        self.unread, self.read = 0, list[float]()
 
     def step(self, number: int) -> None:
-        """Queue a step and its row in the history."""
-        result = train_step(
-            self.model,
-            self.optimizer,
-            *self.batches.step(number),
-            lr=self.job.rates[number],
-            grad_clip=self.job.grad_clip,
-            micro_batch=self.job.micro_batch,
-            precision=self.job.precision,
-        )
-        self.read.append(result.loss)
+        """Queue a step; on a GPU, read the numbers of ten at a time."""
+        with attention_kernel(self.job.settings.get("attention", "auto")):
+            self.stepper.queue(number, *self.batches.step(number))
+        self.unread += 1
+        if self.unread == 10 or self.job.device == "cpu":
+            self.losses()
 
     def losses(self) -> list[float]:
-        """Of all steps."""
+        """Of all steps; those that are queued come in one copy."""
+        if self.unread:
+            self.read += [result.loss for result in self.stepper.read()]
+            self.unread = 0
         return self.read
 
 
 ARMS: dict[str, tuple[Callable[[Job], Loop], dict[str, Any]]] = {
-    "ours": (Ours, {}),
+    "ours": (Ours, {"compile": "on GPU"}),
     "transformers-eager": (transformers, {}),
     "transformers-compiled": (transformers, {"compile": "always"}),
     "transformers-graphs": (transformers, {"compile": "reduce-overhead"}),
@@ -238,8 +256,18 @@ ARMS: dict[str, tuple[Callable[[Job], Loop], dict[str, Any]]] = {
     "liger": (transformers, {"liger": True}),
 }
 
-# What is ours, switched off: name -> (devices it matters on, settings).
+# What is ours, switched off: name -> (devices it matters on, settings of the arm).
 ABLATIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "allocator as it comes": (("cpu",), {"keep_freed": False}),
-    "AdamW not fused": (("cpu", "cuda"), {"fused": False}),
+    "AdamW not fused": (("cpu",), {"fused": False}),
+    "AdamW not fused, no CUDA graph": (("cuda",), {"fused": False, "graph": False}),
+    "attention not in blocks": (("cpu",), {"attention": "flash"}),
+    "logits 512 at a time": (("cpu",), {"loss_rows": 512}),
+    "logits all at once": (("cuda",), {"loss_rows": 2**40}),
+    "not compiled": (("cuda",), {"compile": "never"}),
+    "no CUDA graph": (("cuda",), {"graph": False}),
+    "attention: flash": (("cuda",), {"attention": "flash"}),
+    "attention: cudnn": (("cuda",), {"attention": "cudnn"}),
+    "attention: efficient": (("cuda",), {"attention": "efficient"}),
+    "activations computed again": (("cuda",), {"recompute": True}),
 }

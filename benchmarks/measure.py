@@ -3,7 +3,6 @@
 python -m benchmarks.measure ARM JOB        # prints one line of JSON
 """
 
-import contextlib
 import dataclasses
 import gc
 import json
@@ -12,7 +11,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ import torch
 
 from albor.ceilings import ceilings as measured_ceilings
 from albor.config import ModelConfig, parameter_shapes
+from albor.hardware import free_memory, keep_freed_memory
 from albor.profiling import count_events
-from albor.step import keep_freed_memory
+from albor.resident import collection_paused
+from albor.shapes import memory_estimate
 from benchmarks.arms import ARMS, Job, Loop, Unavailable
 
 
@@ -66,22 +67,31 @@ def first_step(loop: Loop, device: str) -> float:
 
 
 def candidates(job: Job) -> list[int]:
-    """Micro-batches worth a trial: divisors of a step's sequences, downwards."""
+    """Micro-batches worth a trial: divisors of a step's sequences, downwards.
+
+    Those that need half as much again as is free, by our estimate, are not.
+    """
     if job.micro_batch:
         return [job.micro_batch]
     if job.device == "cpu":
         return [job.sequences]
-    return [n for n in range(job.sequences, 0, -1) if job.sequences % n == 0]
+    config, free = ModelConfig(**job.model), free_memory(torch.device(job.device))
+    divisors = [n for n in range(job.sequences, 0, -1) if job.sequences % n == 0]
+
+    def needed(n: int) -> int:
+        return memory_estimate(config, n, job.seq_len, job.precision)["total"]
+
+    return [n for n in divisors if n == 1 or needed(n) <= 1.5 * (free or 2**60)]
 
 
 def best_micro_batch(build: Callable[[Job], Loop], job: Job) -> tuple[int, list]:
     """The fastest of the micro-batches that fit, and what every trial took.
 
-    From the largest downwards, three steps each; two in a row that are slower than
-    the best end the search, since smaller ones only launch more for the same work.
+    From the largest downwards, three timed steps each. The first that is slower
+    than the one before ends the search: smaller ones only launch more.
     """
     trials: list[dict[str, Any]] = []
-    sizes, best, worse = candidates(job), (float("inf"), 0), 0
+    sizes, best = candidates(job), (float("inf"), 0)
     if len(sizes) == 1:
         return sizes[0], trials
     for size in sizes:
@@ -91,9 +101,11 @@ def best_micro_batch(build: Callable[[Job], Loop], job: Job) -> tuple[int, list]
         try:
             loop = build(job)
             trial["first_step_seconds"] = first_step(loop, job.device)
-            began = time.perf_counter()
-            for number in (1, 2, 3):
-                loop.step(number)
+            for number in range(1, 7):  # a CUDA graph is recorded in the first
+                if number == 4:
+                    wait(job.device)
+                    began = time.perf_counter()
+                loop.step(number % len(job.rates))
             wait(job.device)
             trial["ms"] = 1000 * (time.perf_counter() - began) / 3
         except torch.OutOfMemoryError:
@@ -104,24 +116,12 @@ def best_micro_batch(build: Callable[[Job], Loop], job: Job) -> tuple[int, list]
         torch.cuda.empty_cache()
         if trial["ms"] is None:
             continue
-        worse = worse + 1 if trial["ms"] > best[0] else 0
-        best = min(best, (trial["ms"], size))
-        if worse == 2:
+        if trial["ms"] > best[0]:
             break
+        best = trial["ms"], size
     if not best[1]:
         raise Unavailable("out of memory: not even one sequence at a time fits")
     return best[1], trials
-
-
-@contextlib.contextmanager
-def no_garbage() -> Iterator[None]:
-    """Python's collector rests: every arm would pay it at some step or other."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def measure(name: str, job: Job) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def measure(name: str, job: Job) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     loop, clock = build(job), Clock(job.device)
     first = first_step(loop, job.device)
-    with no_garbage():
+    with collection_paused():
         for number in range(1, job.warm_up):
             loop.step(number)
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -38,9 +39,9 @@ from albor.ceilings import flops_per_token
 from albor.config import ModelConfig, Recipe, load_recipe, project_path
 from albor.corpus import build_corpus
 from albor.data import prepare
+from albor.hardware import pick_device, pick_precision
 from albor.model import Albor
 from albor.shards import TokenStream
-from albor.step import pick_device, pick_precision
 from albor.tokenizer import Tokenizer, TokenizerError
 from albor.train import scheduled_rate
 from benchmarks.arms import ABLATIONS, ARMS, REFERENCE, Job
@@ -130,6 +131,7 @@ def make_job(given: argparse.Namespace, folder: Path) -> Job:
         precision=pick_precision(given.precision, device),
         device=str(device),
         threads=given.threads,
+        micro_batch=given.micro_batch,
         warm_up=steps[0],
         timed=steps[1],
         after=steps[2],
@@ -164,10 +166,13 @@ def run_arm(name: str, job: Job, timeout: float) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return {"status": f"failed: not done after {timeout:g} s"}
-    lines, last = done.stdout.splitlines(), done.stderr.strip().splitlines()[-1:]
+    lines, said = done.stdout.splitlines(), done.stderr.strip().splitlines()
     if done.returncode or not lines:
-        why = last[0] if last else f"ended with {done.returncode}, without a word"
-        return {"status": f"failed: {why}"}
+        named = [
+            one for one in said if re.match(r"[\w.]+(Error|Unsupported)\b", one)
+        ]
+        last = [f"ended with {done.returncode}, without a word", *said[-1:], *named]
+        return {"status": f"failed: {last[-1]}"}
     return json.loads(lines[-1])
 
 
@@ -196,7 +201,7 @@ def run_rounds(
                 job,
                 settings=settings,
                 after=job.after if number == 0 else 0,
-                micro_batch=sizes.get(name, 0),  # looked for once
+                micro_batch=sizes.get(name, job.micro_batch),  # looked for once
             )
             began = time.monotonic()
             results[name] = one = run_arm(kind, told, timeout)
@@ -262,7 +267,7 @@ def summarize(
     rounds: list[dict[str, Any]],
     tokens: int,
     reference: str,
-    flops: dict[str, float],
+    flops: dict[str, int],
     peaks: dict[str, float | None],
 ) -> dict[str, Any]:
     """One row per arm, over its rounds; `flops` per token, `peaks` in FLOP/s."""
@@ -279,7 +284,10 @@ def summarize(
             statistics.median(r["arms"][reference]["ms"])
             / statistics.median(r["arms"][name]["ms"])
             for r in rounds
-            if r["arms"].get(reference, {}).get("status") == "measured"
+            if all(
+                one["arms"].get(reference, {}).get("status") == "measured"
+                for one in rounds
+            )
         ]
         speed = statistics.median(pace)
         table[name] = {
@@ -377,6 +385,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--warm-up", type=int, help="steps before the timed ones")
     add("--timed", type=int, help="steps")
     add("--after", type=int, help="steps after them, in the first round")
+    add("--micro-batch", type=int, default=0, help="for all arms; 0: search")
     add("--device", default="auto")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     add("--threads", type=int, default=torch.get_num_threads())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from albor.config import OptimizerConfig
 from albor.model import Albor
@@ -96,6 +97,8 @@ def test_kernels_are_sorted_by_their_names(name: str, part: str) -> None:
         ("aten::mm", "aten::matmul < aten::linear < ", "matrix products"),
         ("aten::mm", "_LinearCrossEntropy < ", "matrix products"),
         ("aten::bmm", "aten::scaled_dot_product_attention < ", "attention"),
+        ("aten::bmm", "BlockAttentionBackward < ", "attention"),
+        ("aten::_softmax", "BlockAttention < ", "attention"),
         ("aten::mul", "_LinearCrossEntropy < ", "softmax and loss"),
         ("aten::mul", "", "elementwise and norms"),
         ("aten::silu_backward", "SiluBackward0 < ", "elementwise and norms"),
@@ -178,6 +181,9 @@ def test_on_a_gpu_its_events_count_and_streams_may_overlap() -> None:
         mark(0, 20),
         op("_LinearCrossEntropy", 2, 9, link=5),
         op("aten::copy_", 3, 1, link=6),
+        op(
+            "_LinearCrossEntropy", 15, 1
+        ),  # without a number: says nothing of a kernel
         gpu("nvjet_tst_128x256_TNT", 10, 20, link=5),
         gpu("at::native::direct_copy_kernel_cuda", 30, 5, link=6),  # in the loss
         gpu(flash, 50, 10),
@@ -340,13 +346,30 @@ def test_the_operations_of_a_step_by_number(
     assert (
         len(names) >= 3 * 7 * CONFIG.num_hidden_layers + 3
     )  # and three for the head
-    assert len(parts.attention_kernels) == 2  # forward and backward
+    assert parts.attention_kernels == ("BlockAttention",)
     assert parts.parts["optimizer and clip"][1] > 0
     total = sum(seconds for seconds, _ in parts.parts.values()) + parts.gaps
     assert total == pytest.approx(parts.seconds, rel=1e-3)
     assert all(seconds >= 0 for seconds, _ in parts.parts.values())
     rows = parts.table().splitlines()
     assert [row[:22].strip() for row in rows] == [*parts.parts, "gaps", "in all"]
+
+
+def test_the_kernel_that_was_asked_for_is_the_one_that_is_named(
+    small: tuple[Albor, torch.optim.Optimizer, Tensor],
+) -> None:
+    model, _, ids = small
+
+    def kernels(backend: SDPBackend) -> tuple[str, ...]:
+        with sdpa_kernel(backend):
+            return step_parts(lambda: model(ids), CPU).attention_kernels
+
+    flash, plain = (
+        kernels(b) for b in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+    )
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in flash
+    assert "aten::_scaled_dot_product_attention_math" in plain
+    assert not set(flash) & {"aten::_scaled_dot_product_attention_math"}
 
 
 def test_more_work_in_one_part_shows_in_that_part() -> None:
