@@ -222,10 +222,17 @@ def count_copies(work: Callable[[], object]) -> Copies:
 
 
 class MetaAdamW(torch.optim.AdamW):
-    """AdamW on "meta", which lacks the fused kernel; it asks for no value either."""
+    """AdamW for rehearsals on "meta", which lacks the fused kernel.
+
+    Like that one it asks for no value: not of the flag, nor of a rate in a tensor.
+    """
 
     _step_supports_amp_scaling = True
 
     def step(self, closure: Any = None) -> Any:
-        self.found_inf = None
-        return super().step(closure)
+        self.found_inf, rates = None, [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] = 0.0
+        super().step(closure)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
