@@ -99,8 +99,10 @@ def planned_rate(recipe: Recipe, step: int) -> float:
     if plan.lr_scheduler == "constant":
         return peak
     left, length = plan.max_steps - 1 - step, plan.max_steps - 1 - plan.warmup_steps
-    swing = math.sin(math.pi / 2 * left / length) ** 2 if left > 0 else 0.0
-    return peak * (plan.min_lr_ratio + (1 - plan.min_lr_ratio) * swing)
+    share = left / length if left > 0 else 0.0
+    if plan.lr_scheduler == "cosine":
+        share = math.sin(math.pi / 2 * share) ** 2
+    return peak * (plan.min_lr_ratio + (1 - plan.min_lr_ratio) * share)
 
 
 def check_schedule(recipe: Recipe) -> None:
