@@ -50,14 +50,16 @@ def orthogonalize(
             "give Muon matrices, and AdamW the rest"
         )
     a, b, c = COEFFICIENTS
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices  # products of the shorter side: cheaper
+    x = matrices.reshape(-1, *matrices.shape[-2:])
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x  # the products of the shorter side are cheaper
     size = torch.linalg.matrix_norm(x, keepdim=True)  # no singular value is above
     x = (x / size.clamp(min=1e-7)).to(dtype)
-    for _ in range(steps):
+    for _ in range(steps):  # baddbmm rounds a sum and its product once, not twice
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+        slope = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, slope, x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype).reshape(matrices.shape)
 
 
 SIZE = 0.2  # root mean square of an update, in learning rates: about AdamW's
