@@ -145,7 +145,7 @@ def check_moments(
     Whatever the gradients were, their mean m and mean square v obey v >= (1 -
     beta2) g^2, g the last of them, and m^2 <= C v by Cauchy and Schwarz.
     """
-    betas = {p: g.get("betas") for g in optimizer.param_groups for p in g["params"]}
+    held = {p: g for g in optimizer.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         state = optimizer.state.get(p)
         if not state:
@@ -154,7 +154,8 @@ def check_moments(
             if not torch.isfinite(state["momentum_buffer"]).all():
                 raise CheckError(f"{name}: its momentum_buffer is not finite")
             continue
-        m, v, (beta1, beta2) = state["exp_avg"], state["exp_avg_sq"], betas[p]
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        beta1, beta2 = held[p]["betas"]
         done = int(state["step"])
         if done < 1 or done != (done if updates is None else updates):
             raise CheckError(
@@ -172,9 +173,8 @@ def check_moments(
         }
         if p.grad is not None:
             new = share * p.grad.square()
-            bad["exp_avg_sq are too small for the gradient"] = (
-                v < 0.99 * new - 1e-30
-            )
+            low = v < 0.99 * new - 1e-30
+            bad["exp_avg_sq are too small for the gradient"] = low
             if done > 1 and (v - new <= 1e-5 * v).all():
                 bad["exp_avg_sq have forgotten all gradients but one"] = v >= 0
         for what, where in bad.items():

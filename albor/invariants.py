@@ -175,7 +175,7 @@ def check_initial(
     By matrix: mean, deviation, correlation of neighbours and, on a sample, with all
     others of the same shape, to 6 standard errors; stable rank above a fifth of the
     shorter side. Gains are one. The loss on random ids is ln V + D s^2 / 2, to 0.06
-    nats. `scaled`: what adds to the residual stream has s / sqrt(2 L) in place of s.
+    nats. `scaled`: what adds to the residual stream has s / sqrt(2 L), not s.
     """
     c, alike = model.config, dict[torch.Size, list[Tensor]]()
     for name, p in model.named_parameters():

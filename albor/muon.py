@@ -69,10 +69,10 @@ STACK = 8  # matrices handled at once: many small products, bounded memory
 class Muon(torch.optim.Optimizer):
     """Muon for the matrices named in `names`, the given AdamW for all the rest.
 
-    The groups of `adam` are shared out: what moves by Muon has `rule: "muon"`, with a
-    `momentum`, and keeps rate and decay; the others have `rule: "adamw"`. The state of
-    a matrix is its `momentum_buffer` alone. `found_inf`, where it is set to a tensor
-    above zero, makes `step` change nothing, without waiting for the device.
+    The groups of `adam` are shared out: what moves by Muon has `rule: "muon"` and a
+    `momentum`, and keeps rate and decay; the others have `rule: "adamw"`. The state
+    of a matrix is its `momentum_buffer` alone. `found_inf`, set to a tensor above
+    zero, makes `step` change nothing, without waiting for the device.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Muon(torch.optim.Optimizer):
                 for some in alike.values():
                     for i in range(0, len(some), STACK):
                         self.move(some[i : i + STACK], group, bad)
-        # AdamW works on our groups and our state: there is no second copy of either.
+        # AdamW works on our groups and state: there is no second copy of either.
         adam: Any = self.adam
         adam.param_groups = [g for g in self.param_groups if g["rule"] == "adamw"]
         adam.state, adam.found_inf = self.state, bad
@@ -157,8 +157,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that the recipe names: AdamW, or Muon with AdamW.
 
-    `bf16`: whether Newton-Schulz computes in bf16, as a run does whose matrix products
-    are in bf16; otherwise in float32.
+    `bf16`: whether Newton-Schulz computes in bf16, as a run does whose matrix
+    products are in bf16; otherwise in float32.
     """
     adam = build_optimizer(model, dataclasses.replace(config, name="adamw"))
     if config.name == "adamw":

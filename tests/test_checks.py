@@ -226,7 +226,7 @@ def test_fresh_weights_of_any_seed_pass(seed):
     invariants.check_initial(Albor(PRESETS["albor-tiny"], seed=seed), seed=seed)
     scaled = Albor(CONFIG, seed=seed, scaled_init=True)
     invariants.check_initial(scaled, scaled=True)
-    with pytest.raises(CheckError, match="o_proj.weight: deviation / s is 0"):
+    with pytest.raises(CheckError, match=r"o_proj.weight: deviation / s is 0"):
         invariants.check_initial(scaled)
 
 

@@ -102,12 +102,12 @@ def test_a_sound_run_with_muon_and_what_it_would_notice(tmp_path, bf16):
     assert run.guards.looks == 3 and len(kept) == run.recipe.training.max_steps
     name = "model.layers.1.self_attn.k_proj.weight"
     run.state(name, "momentum_buffer")[2, 1] = math.nan
-    with pytest.raises(CheckError, match="k_proj.*momentum_buffer is not finite"):
+    with pytest.raises(CheckError, match=r"k_proj.*momentum_buffer is not finite"):
         run.guards.look()
     muon = next(g for g in run.optimizer.param_groups if g["rule"] == "muon")
     muon["momentum"] = 0.95
     last = run.recipe.training.max_steps - 1
-    with pytest.raises(CheckError, match=": momentum is 0.95 at step .*, and 0.8"):
+    with pytest.raises(CheckError, match=r": momentum is 0.95 at step .*, and 0.8"):
         guards.check_settings(run.model, run.optimizer, run.recipe, last)
 
 
