@@ -5,7 +5,8 @@ Notable:
 - H query heads share K heads of keys and values, each of them H / K times. The
   cache holds K heads, so it is H / K times smaller than with a key per query head.
 - PyTorch's fused kernels do the work, and where one applies no (T, T) matrix is
-  kept for the backward pass. `grouped_kernel` says which kernel takes what.
+  kept for the backward pass. `grouped_kernel` says which kernel takes what. For
+  training on a CPU, where they are slow, `BlockAttention` is our own.
 - One rule gives the mask, with a cache or without: a token sees its own position
   and those before it, and positions count from the start of the cache.
 
@@ -13,14 +14,26 @@ Shapes: B batch, T new tokens, S tokens to look at (cached and new), D width, H
 heads, K key/value heads, Dh width of a head.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from albor.layers import apply_rope
-from albor.shapes import ModelConfig
+from albor.shapes import BLOCK_LIMIT, BLOCK_ROWS, ModelConfig
 
-__all__ = ["Attention", "KVCache", "causal_mask", "grouped_kernel"]
+__all__ = [
+    "Attention",
+    "BlockAttention",
+    "KVCache",
+    "attend",
+    "causal_mask",
+    "grouped_kernel",
+    "in_blocks",
+]
 
 
 class KVCache:
@@ -67,6 +80,72 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+class BlockAttention(torch.autograd.Function):
+    """Causal attention for rows that fit a cache: `BLOCK_ROWS` queries at a time.
+
+    q is (B, H, T, Dh), k and v are (B, K, T, Dh). The weights of the blocks are kept
+    for the backward pass: half of a (T, T) matrix per head.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (B, H, T, Dh), K = q.shape, k.shape[1]
+        n, ctx.scale = B * K, Dh**-0.5  # n matrices: sequences times key heads
+        q = (q * ctx.scale).unflatten(1, (K, H // K))  # (B, K, H / K, T, Dh)
+        k, v = k.reshape(n, T, Dh), v.reshape(n, T, Dh)
+        # In memory (B, T, H, Dh), as the next projection wants to read it.
+        y = q.new_empty(B, T, K, H // K, Dh).permute(0, 2, 3, 1, 4)
+        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        kept = []
+        for start in range(0, T, BLOCK_ROWS):
+            now = slice(start, min(start + BLOCK_ROWS, T))
+            rows = q[..., now, :].reshape(n, -1, Dh)  # (n, H / K * block, Dh)
+            scores = rows @ k[:, : now.stop].mT  # (n, H / K * block, now.stop)
+            by_head = scores.unflatten(1, (H // K, -1))
+            by_head[..., start:].masked_fill_(future[now, now], -math.inf)
+            kept.append(scores.softmax(dim=-1))
+            part = kept[-1] @ v[:, : now.stop]
+            y[..., now, :] = part.view(B, K, H // K, -1, Dh)
+        ctx.save_for_backward(q, k, v, y, *kept)
+        return y.flatten(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, y, *kept = ctx.saved_tensors
+        (B, K, G, T, Dh), n = q.shape, len(k)
+        dy = dy.unflatten(1, (K, G))
+        row_sum = (dy * y).sum(dim=-1)  # (B, K, H / K, T)
+        dq = torch.empty_like(q)
+        wide = torch.promote_types(k.dtype, torch.float32)
+        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for start, weights in zip(range(0, T, BLOCK_ROWS), kept, strict=True):
+            now = slice(start, min(start + BLOCK_ROWS, T))
+            rows, d_rows = (x[..., now, :].reshape(n, -1, Dh) for x in (q, dy))
+            dv[:, : now.stop] += weights.mT @ d_rows
+            d_scores = d_rows @ v[:, : now.stop].mT
+            d_scores -= row_sum[..., now].reshape(n, -1, 1)
+            d_scores *= weights
+            dk[:, : now.stop] += d_scores.mT @ rows
+            dq[..., now, :] = (d_scores @ k[:, : now.stop]).view(B, K, G, -1, Dh)
+        dq = dq.mul_(ctx.scale).flatten(1, 2)
+        return (
+            dq,
+            dk.to(k.dtype).view(B, K, T, Dh),
+            dv.to(v.dtype).view(B, K, T, Dh),
+        )
+
+
+def in_blocks(q: Tensor) -> bool:
+    """Whether `BlockAttention` takes causal rows of queries q, being faster.
+
+    Not if a fused kernel was chosen by name (`torch.nn.attention.sdpa_kernel`).
+    """
+    sdp = torch.backends.cuda  # where the switches for a CPU are, too
+    free = sdp.flash_sdp_enabled() and sdp.math_sdp_enabled()
+    return free and q.device.type == "cpu" and q.shape[2] <= BLOCK_LIMIT
+
+
 def causal_mask(new: int, seen: int, device: torch.device) -> Tensor:
     """(T, S) of booleans: may new token t look at token s? T = new, S = seen + new.
 
@@ -88,6 +167,27 @@ def grouped_kernel(q: Tensor, masked: bool) -> bool:
         return True
     flash = torch.cuda.get_device_capability(q.device) >= (8, 0)
     return flash and not masked and q.dtype in (torch.float16, torch.bfloat16)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: int = 0) -> Tensor:
+    """Averages of v for queries q (B, H, T, Dh), of which `seen` stand before.
+
+    k and v are (B, K, S, Dh) with S = seen + T. Gives (B, H, T, Dh).
+    """
+    T, mask = q.shape[2], None
+    causal = seen == 0 and T > 1
+    if causal and in_blocks(q):
+        return BlockAttention.apply(q, k, v)
+    if seen and T > 1:  # a lone new token looks at everything: no mask
+        mask = causal_mask(T, seen, q.device)
+    grouped = grouped_kernel(q, mask is not None)
+    if not grouped:  # query heads 0 to H / K - 1 share key head 0, and so on
+        share = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(share, dim=1)  # (B, H, S, Dh)
+        v = v.repeat_interleave(share, dim=1)  # (B, H, S, Dh)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
 
 
 class Attention(nn.Module):
@@ -117,20 +217,9 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, Dh)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
 
-        seen, mask = 0, None
+        seen = 0
         if cache is not None:
             seen = cache.length
             k, v = cache.append(k, v)  # (B, K, S, Dh)
-            if seen and T > 1:  # a lone new token looks at everything: no mask
-                mask = causal_mask(T, seen, x.device)
-
-        grouped = grouped_kernel(q, mask is not None)
-        if not grouped:  # query heads 0 to H / K - 1 share key head 0, and so on
-            share = q.shape[1] // k.shape[1]
-            k = k.repeat_interleave(share, dim=1)  # (B, H, S, Dh)
-            v = v.repeat_interleave(share, dim=1)  # (B, H, S, Dh)
-        causal = seen == 0 and T > 1
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-        )  # (B, H, T, Dh)
+        y = attend(q, k, v, seen)  # (B, H, T, Dh)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))

@@ -101,6 +101,10 @@ class TrainingConfig:
     scaled_init: bool = False  # o_proj and down_proj start smaller by sqrt(2 L)
     gradient_accumulation: int = within(1, default=1)  # micro-batches per step
     mixed_precision: Literal["fp16", "bf16", "fp32", "auto"] = "auto"
+    compile: Literal["auto", "always", "never"] = "auto"  # auto: on a GPU
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    recompute: bool = False  # activations anew in the backward pass: less memory
+    deterministic: bool = False  # on a GPU: the same bits every time, and slower
     output_dir: str = ""  # "": checkpoints/NAME
     save_interval: int = within(0, default=0)  # steps; 0: by the clock alone
     eval_interval: int = within(0, default=0)  # steps; 0: at the end alone
@@ -275,7 +279,9 @@ def preflight(
     )
 
 
-def fit_micro_batch(recipe: Recipe, available_bytes: int) -> tuple[int, int]:
+def fit_micro_batch(
+    recipe: Recipe, available_bytes: int, device: str = "cpu"
+) -> tuple[int, int]:
     """Choose (micro-batch, accumulation) to fit; their product stays the recipe's.
 
     The micro-batch is the largest divisor of the product that fits and is not above
@@ -286,8 +292,9 @@ def fit_micro_batch(recipe: Recipe, available_bytes: int) -> tuple[int, int]:
     together = recipe.data.batch_size * recipe.training.gradient_accumulation
     for micro in range(recipe.data.batch_size, 0, -1):
         sizes = (recipe.model, micro, recipe.data.seq_len)
-        need = max(memory_estimate(*sizes, kind)["total"] for kind in kinds)
+        how = {"device": device, "recompute": recipe.training.recompute}
+        need = max(memory_estimate(*sizes, k, **how)["total"] for k in kinds)
         if together % micro == 0 and need <= available_bytes:
             return micro, together // micro
-    why = f"one sequence needs {need:,}; lower data.seq_len, or the model's sizes"
+    why = f"one sequence needs {need:,}; set training.recompute, lower data.seq_len"
     raise ConfigError(f"available_bytes = {available_bytes:,}: {why}")

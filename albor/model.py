@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from albor.attention import Attention, KVCache
 from albor.layers import RMSNorm, SwiGLU, rope_table
-from albor.shapes import ModelConfig
+from albor.shapes import LOSS_ROWS, ModelConfig
 
 __all__ = ["IGNORED", "Albor", "Block", "Decoder", "linear_cross_entropy"]
 
@@ -58,6 +59,9 @@ class Decoder(nn.Module):
             Block(config) for _ in range(config.num_hidden_layers)
         )
         self.rope: tuple[Tensor, Tensor] | None = None  # no buffer: stays wide
+        self.recompute = (
+            False  # keep the blocks' inputs, and compute the rest again
+        )
 
     def rotations(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Rows start to end of the rotary table, on the weights' device."""
@@ -75,7 +79,8 @@ class Decoder(nn.Module):
     def check(self, ids: Tensor, caches: Sequence[KVCache] | None) -> int:
         """Refuse ids that are not (B, T) integers within vocabulary and context.
 
-        Returns the tokens seen before. Values of ids are read on a CPU alone.
+        Returns the tokens seen before. Values of ids are read on a CPU alone, where
+        nothing waits for them, and not in a compiled function.
         """
         if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
@@ -95,7 +100,7 @@ class Decoder(nn.Module):
                 f"{ids.shape[1]} tokens after {seen} cached ones are more than "
                 f"max_position_embeddings = {longest}: shorten the input"
             )
-        if ids.device.type == "cpu":
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
@@ -111,7 +116,10 @@ class Decoder(nn.Module):
         cos, sin = self.rotations(seen, seen + ids.shape[1])
         x = self.embed_tokens(ids)  # (B, T, D)
         for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, caches[i] if caches else None)
+            if self.recompute and not caches and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, caches[i] if caches else None)
         return self.norm(x)
 
 
@@ -133,7 +141,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         matrix, counted = weight.to(low), targets != IGNORED
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if grad else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if grad else None
+        d_weight = torch.empty_like(weight, dtype=wide) if grad else None
         for i in range(0, len(hidden), chunk):
             rows = hidden[i : i + chunk].to(low)  # (n, D)
             keep = counted[i : i + chunk, None]  # (n, 1)
@@ -145,9 +153,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_z = logits.amax(dim=-1, keepdim=True).to(wide) - log_top
             loss += (log_z - logits.gather(1, target)).masked_fill(~keep, 0.0).sum()
             if d_hidden is not None and d_weight is not None:
-                slope.scatter_add_(1, target, -torch.ones_like(slope[:, :1]))
+                # Not scatter_add_: in 16 bits it copies the whole matrix.
+                slope[
+                    torch.arange(len(rows), device=rows.device), target[:, 0]
+                ] -= 1
                 d_hidden[i : i + chunk] = (slope @ matrix) * keep
-                d_weight += slope.T @ (rows * keep)
+                part = slope.T @ (rows * keep)
+                d_weight.copy_(part) if i == 0 else d_weight.add_(part)
         # Gradients of the sum. The division by the count waits for backward, where
         # the loss scale comes in: before, 16 bits could not hold the quotient.
         ctx.save_for_backward(d_hidden, d_weight, counted.sum())
@@ -164,15 +176,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 0
 ) -> Tensor:
     """Mean cross-entropy of softmax(hidden @ weight.T), `chunk` tokens at a time.
 
     hidden is (N, D), weight (V, D), targets (N,) of ids, or -100 for a token that
     does not count; where none counts the mean is NaN. The gradient is computed on
     the way forward, (chunk, V) numbers at a time. Products are in autocast's type;
-    softmax sums in float32 or wider and is rounded to that type once.
+    softmax sums in float32 or wider and is rounded to that type once. A chunk of 0
+    suits the device: the larger, the fewer passes over the (V, D) gradient.
     """
+    chunk = chunk or LOSS_ROWS["cuda" if hidden.device.type == "cuda" else "cpu"]
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: it must be at least 1")
     grad = torch.is_grad_enabled() and (

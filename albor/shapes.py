@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 __all__ = [
+    "BLOCK_LIMIT",
+    "BLOCK_ROWS",
+    "LOSS_ROWS",
     "PRESETS",
     "REQUIRED",
     "ConfigError",
@@ -207,14 +210,25 @@ def build_model(raw: Any, where: str) -> ModelConfig:
     return PRESETS[name]
 
 
+BLOCK_ROWS, BLOCK_LIMIT = 64, 1024  # attention in blocks, on a CPU: rows, longest
+LOSS_ROWS = {"cpu": 2048, "cuda": 8192}  # tokens whose logits exist at one time
+
+
 def memory_estimate(
-    config: ModelConfig, micro_batch: int, seq_len: int, precision: str
+    config: ModelConfig,
+    micro_batch: int,
+    seq_len: int,
+    precision: str,
+    *,
+    device: str = "cpu",
+    recompute: bool = False,
 ) -> dict[str, int]:
-    """Estimate the bytes of one training step, by part.
+    """Estimate the bytes of one training step on "cpu" or "cuda", by part.
 
     Exact: 4 bytes per parameter for weights and for gradients, 8 for AdamW's two
     moments; half precision adds a 2-byte copy of the weights. An estimate: what the
-    forward pass keeps for the backward pass, tensor by tensor, attention fused. Not
+    forward pass keeps for the backward pass, tensor by tensor, attention fused, or
+    in blocks on a CPU. `recompute` keeps the inputs of the blocks alone. Not
     counted: workspaces, fragmentation, what the driver takes.
     """
     kinds = ("fp16", "bf16", "fp32")
@@ -227,12 +241,18 @@ def memory_estimate(
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     block = 4 * (4 * width + heads + 2) + size * (
         inputs * width + 2 * (heads + shared) * config.head_dim + 4 * ffn
-    )
+    )  # bytes for a token
+    if device == "cpu" and seq_len <= BLOCK_LIMIT:
+        mean_row = (seq_len + min(seq_len, BLOCK_ROWS)) // 2  # of the kept weights
+        block += heads * (size * mean_row - 4)
+    layers = config.num_hidden_layers
+    kept = layers * 4 * width + block if recompute else layers * block
+    rows = min(tokens, LOSS_ROWS[device])
     parts = {
         "weights": (4 if size == 4 else 6) * parameters,
         "gradients": 4 * parameters,
         "moments": 8 * parameters,
-        "activations": tokens * (config.num_hidden_layers * block + 8 * width),
-        "loss": 8 * min(tokens, 512) * vocab + 4 * (vocab + tokens) * width,
+        "activations": tokens * (kept + 8 * width),
+        "loss": 8 * rows * vocab + 4 * (vocab + tokens) * width,
     }
     return parts | {"total": sum(parts.values())}

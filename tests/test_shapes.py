@@ -181,9 +181,10 @@ def test_memory_of_weights_gradients_and_moments_is_exact():
     assert found["total"] == sum(found.values()) - found["total"]
 
 
-def saved_bytes(config, precision, rows, length):
+def saved_bytes(config, precision, rows, length, recompute=False):
     """Bytes that autograd keeps between the passes, but for weights and casts."""
     model = Albor(config, seed=0)
+    model.model.recompute = recompute
     ids = torch.zeros(rows, length, dtype=torch.int64)
     skip = {p.untyped_storage().data_ptr() for p in model.parameters()}
     weights = {tuple(p.shape) for p in model.parameters()}
@@ -208,8 +209,14 @@ def saved_bytes(config, precision, rows, length):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_memory_of_activations_is_what_autograd_keeps(precision):
+@pytest.mark.parametrize("blocks", [True, False])
+def test_memory_of_activations_is_what_autograd_keeps(
+    precision, blocks, monkeypatch
+):
     rows, length = 3, 31
+    if not blocks:
+        monkeypatch.setattr("albor.attention.BLOCK_LIMIT", 0)
+        monkeypatch.setattr("albor.shapes.BLOCK_LIMIT", 0)
     expected = memory_estimate(ODD, rows, length, precision)["activations"]
     found = saved_bytes(ODD, precision, rows, length)
     # Beyond the estimate: the ids and the last norm's scale, 12 bytes per token.

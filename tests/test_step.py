@@ -2,8 +2,6 @@
 
 import copy
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,20 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from albor import step as step_module
 from albor.config import ConfigError, ModelConfig, OptimizerConfig
 from albor.model import IGNORED, Albor
 from albor.optimizer import build_optimizer
 from albor.step import (
     MIN_SCALE,
+    MetaAdamW,
     StepResult,
     count_copies,
-    free_memory,
-    has_bf16,
-    keep_freed_memory,
     make_scaler,
-    pick_device,
-    pick_precision,
     train_step,
 )
 
@@ -169,7 +162,6 @@ def test_poison_changes_nothing(precision, poison, place):
     assert result.skipped == (precision == "fp16" and place == "gradient")
     for a, b in zip(before, after, strict=True):
         assert torch.equal(a.view(torch.int32), b.view(torch.int32))
-    assert all(p.grad is None for p in model.parameters())
 
 
 def test_one_poisoned_slice_of_many_is_enough():
@@ -260,114 +252,16 @@ def test_scaler_only_for_fp16():
     assert make_scaler("fp16", CPU).get_scale() == 2.0**16
 
 
-def test_devices():
-    assert pick_device("cpu") == CPU
-    if not torch.cuda.is_available():
-        assert pick_device("auto") == pick_device() == CPU
-
-
-@pytest.mark.parametrize(
-    "name", ["mps", "tpu", "cuda:99", "CPU", "", "cuda:", 0, None]
-)
-def test_devices_are_refused_by_name(name):
-    with pytest.raises(ConfigError, match="device = ") as caught:
-        pick_device(name)
-    assert repr(name) in str(caught.value) and "use" in str(caught.value)
-
-
-def test_precisions(monkeypatch):
-    assert {pick_precision(name, CPU) for name in ("fp32", "bf16", "fp16")} == {
-        *("fp32", "bf16", "fp16")
-    }
-    monkeypatch.setattr(step_module, "has_bf16", lambda device: True)
-    assert pick_precision("auto", CPU) == "bf16"
-    monkeypatch.setattr(step_module, "has_bf16", lambda device: False)
-    assert pick_precision("auto", CPU) == "fp32"
-    for name in ("fp8", "float16", "", None, 16):
-        with pytest.raises(ConfigError, match="precision = "):
-            pick_precision(name, CPU)
-
-
-@pytest.mark.parametrize(
-    ("capability", "expected"),
-    [
-        ((6, 1), "fp32"),
-        ((7, 0), "fp16"),
-        ((7, 5), "fp16"),
-        ((8, 0), "bf16"),
-        ((12, 0), "bf16"),
-    ],
-)
-def test_precision_by_gpu_generation(monkeypatch, capability, expected):
-    monkeypatch.setattr(
-        torch.cuda, "get_device_capability", lambda device: capability
-    )
-    gpu = torch.device("cuda")
-    assert pick_precision("auto", gpu) == expected
-    assert pick_precision("fp16", gpu) == "fp16"
-    if expected == "bf16":
-        assert pick_precision("bf16", gpu) == "bf16"
-    else:
-        with pytest.raises(ConfigError, match="precision = 'bf16'"):
-            pick_precision("bf16", gpu)
-
-
-def test_bf16_without_the_probes_of_newer_torch(monkeypatch):
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.delattr(torch.cpu, name, raising=False)
-    assert has_bf16(CPU) is False
-    monkeypatch.setattr(
-        torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False
-    )
-    assert has_bf16(CPU) is True
-
-
-FAULTS = """
-import resource, torch
-from albor.step import keep_freed_memory
-torch.ones(4)
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.ones(24 * 2**18)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), keep_freed_memory(), faults())
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
-def test_freed_memory_is_used_again():
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
-    )
-    default, obeyed, kept = done.stdout.split()
-    if obeyed == "False":
-        pytest.skip("no glibc")
-    assert int(kept) < int(default) / 3
-
-
-def test_freed_memory_elsewhere(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert keep_freed_memory() is False
-
-
-def test_free_memory(monkeypatch, tmp_path):
-    free = free_memory(CPU)
-    assert free is None or 2**20 < free < 2**50
-    monkeypatch.setattr(step_module, "Path", lambda name: tmp_path / "missing")
-    assert free_memory(CPU) is None
-
-
 def meta_step(config, micro_batch, rows=6):
     with torch.device("meta"):
         model = Albor(config, seed=None)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = MetaAdamW(model.parameters())
     ids = torch.zeros(2, rows, 5, dtype=torch.int64)
 
     def work():
         inputs, targets = ids[0].to("meta"), ids[1].to("meta")
         how = {"lr": 1e-3, "micro_batch": micro_batch}
-        assert train_step(model, optimizer, inputs, targets, **how).finite
+        train_step(model, optimizer, inputs, targets, **how)
 
     count_copies(work)  # the rotary table goes up once
     return count_copies(work)
@@ -379,7 +273,7 @@ def test_three_copies_in_any_depth_and_slicing(layers, micro_batch):
     shape = {**vars(CONFIG), "num_hidden_layers": layers}
     copies = meta_step(ModelConfig(**shape), micro_batch)
     assert (copies.up, copies.down) == (2, 1)
-    assert (copies.up_bytes, copies.down_bytes) == (2 * 6 * 5 * 8, 16)
+    assert (copies.up_bytes, copies.down_bytes) == (2 * 6 * 5 * 8, 32)
 
 
 def test_counter_counts_what_it_should_and_nothing_else():
