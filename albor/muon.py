@@ -100,12 +100,19 @@ class Muon(torch.optim.Optimizer):
             group.pop("param_names", None)  # made anew from the pairs
         super().__init__(groups, {})
         self.adam, self.dtype = adam, dtype
+        # PyTorch's mark of an optimizer that heeds `found_inf`; fused AdamW has it.
+        mark = "_step_supports_amp_scaling"
+        self._step_supports_amp_scaling = getattr(adam, mark, False)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Make one update from the gradients that are there."""
         if closure is not None:
             raise ValueError("Muon takes no closure; compute the gradients before")
+        if getattr(self, "grad_scale", None) is not None:
+            raise ValueError(
+                "the gradients are scaled; call scaler.unscale_ before"
+            )
         bad = getattr(self, "found_inf", None)
         for group in self.param_groups:
             if group["rule"] == "muon":

@@ -15,6 +15,7 @@ from albor.model import Albor
 from albor.muon import Muon, block_matrices, make_optimizer, orthogonalize
 from albor.optimizer import build_optimizer
 from albor.shapes import ModelConfig
+from albor.step import enqueue_step
 
 SHAPE = ModelConfig(
     vocab_size=97,
@@ -227,6 +228,28 @@ def test_a_closure_is_refused_and_a_missing_gradient_skipped():
 
 
 # Steps that must leave no trace, and states that must leave one.
+
+
+def test_gradients_that_are_still_scaled_are_refused():
+    optimizer = make_optimizer(Albor(SHAPE), RECIPE)
+    optimizer.grad_scale = torch.tensor(8.0)
+    with pytest.raises(ValueError, match="unscale_"):
+        optimizer.step()
+
+
+def test_the_step_of_the_loop_leaves_a_bad_batch_behind_without_asking():
+    model = Albor(SHAPE, seed=1)
+    optimizer = make_optimizer(model, RECIPE)
+    ids = torch.randint(97, (3, 13), generator=torch.Generator().manual_seed(0))
+    ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    enqueue_step(model, optimizer, ids, targets)
+    before = everything(model, optimizer)
+    bad = lambda *_: model.loss(ids, targets) * math.nan  # noqa: E731
+    row = enqueue_step(model, optimizer, ids, targets, loss=bad)
+    assert row[2] == 0 and optimizer.found_inf == 1
+    assert all(map(torch.equal, before, everything(model, optimizer)))
+    assert enqueue_step(model, optimizer, ids, targets)[2] == 1
+    assert not any(map(torch.equal, before, everything(model, optimizer)))
 
 
 @pytest.mark.parametrize("first", [True, False])
