@@ -110,9 +110,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Muon takes no closure; compute the gradients before")
         if getattr(self, "grad_scale", None) is not None:
-            raise ValueError(
-                "the gradients are scaled; call scaler.unscale_ before"
-            )
+            raise ValueError("gradients are scaled; call scaler.unscale_ before")
         bad = getattr(self, "found_inf", None)
         for group in self.param_groups:
             if group["rule"] == "muon":
