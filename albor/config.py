@@ -72,13 +72,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with the card's constants."""
+    """AdamW with the card's constants, or Muon for the matrices of the blocks."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = within(1e-9, 1)  # peak learning rate, reached after the warm-up
     beta1: float = within(0, 0.999999, 0.9)  # memory of the gradient's mean
     beta2: float = within(0, 0.999999, 0.95)  # memory of its square
     eps: float = within(1e-20, 1, 1e-8)  # keeps the first steps finite
+    momentum: float = within(0, 0.999999, 0.95)  # Muon's memory of the gradient
     weight_decay: float = within(0, 10, 0.1)  # pull to zero, times the rate
     decay: Literal["matrices", "all"] = "matrices"  # the card decays norms as well
 
@@ -94,9 +95,10 @@ class TrainingConfig:
     epochs: int = within(1)  # passes over the data that are allowed: a ceiling
     max_steps: int = within(1)  # optimizer steps that run, and the schedule's end
     grad_clip: float = within(1e-6, default=1.0)  # largest global gradient norm
-    lr_scheduler: Literal["cosine", "constant"] = "cosine"  # after the warm-up
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"  # the decay
     warmup_steps: int = within(0, default=0)  # steps in which the rate rises
-    min_lr_ratio: float = within(0, 1, 0.1)  # end of the cosine, of the peak
+    min_lr_ratio: float = within(0, 1, 0.1)  # end of the decay, of the peak
+    scaled_init: bool = False  # o_proj and down_proj start smaller by sqrt(2 L)
     gradient_accumulation: int = within(1, default=1)  # micro-batches per step
     mixed_precision: Literal["fp16", "bf16", "fp32", "auto"] = "auto"
     compile: Literal["auto", "always", "never"] = "auto"  # auto: on a GPU
@@ -261,9 +263,8 @@ def preflight(
     require(total >= steps, "training.epochs", plan.epochs, why)
     share, warmup, warnings = plan.warmup_steps / steps, plan.warmup_steps, []
     if 10 * warmup > steps:
-        why = (
-            f"{share:.0%} of max_steps = {steps}; write {steps // 10} (10%) or less"
-        )
+        why = f"{share:.0%} of max_steps = {steps}; "
+        why += f"write {steps // 10} (10%) or less"
         require(not strict_warmup, "training.warmup_steps", warmup, why)
         warnings.append(f"training.warmup_steps = {warmup}: {why}")
     tokens = together * recipe.data.seq_len

@@ -94,13 +94,13 @@ def check_clipped(model: nn.Module, result: StepResult, limit: float) -> None:
 def planned_rate(recipe: Recipe, step: int) -> float:
     """The rate at a step, by the recipe: the schedule, written a second time."""
     plan, peak = recipe.training, recipe.optimizer.lr
-    if step < plan.warmup_steps:
-        return peak * (step + 1) / plan.warmup_steps
-    if plan.lr_scheduler == "constant":
-        return peak
+    if step < plan.warmup_steps or plan.lr_scheduler == "constant":
+        return peak * min(1.0, (step + 1) / max(1, plan.warmup_steps))
     left, length = plan.max_steps - 1 - step, plan.max_steps - 1 - plan.warmup_steps
-    swing = math.sin(math.pi / 2 * left / length) ** 2 if left > 0 else 0.0
-    return peak * (plan.min_lr_ratio + (1 - plan.min_lr_ratio) * swing)
+    share = left / length if left > 0 else 0.0
+    if plan.lr_scheduler == "cosine":
+        share = math.sin(math.pi / 2 * share) ** 2
+    return peak * (plan.min_lr_ratio + (1 - plan.min_lr_ratio) * share)
 
 
 def check_schedule(recipe: Recipe) -> None:
@@ -120,12 +120,14 @@ def check_settings(
 ) -> None:
     """The optimizer holds the recipe's constants, and the rate due at this step."""
     c, names = recipe.optimizer, {p: name for name, p in model.named_parameters()}
-    due: dict[str, Any] = {"betas": (c.beta1, c.beta2), "eps": c.eps}
-    due["lr"] = planned_rate(recipe, step)
+    adam = {"betas": (c.beta1, c.beta2), "eps": c.eps}
     for group in optimizer.param_groups:
+        due: dict[str, Any] = {"lr": planned_rate(recipe, step)}
+        due |= {"momentum": c.momentum} if group.get("rule") == "muon" else adam
         for p in group["params"]:
-            decays = c.decay == "all" or p.dim() == 2
-            due["weight_decay"] = c.weight_decay if decays else 0.0
+            due["weight_decay"] = c.weight_decay * (
+                c.decay == "all" or p.dim() == 2
+            )
             for key, value in due.items():
                 have = group[key]  # a rate may be a tensor
                 now = [float(x) for x in (have if key == "betas" else [have])]
@@ -145,15 +147,17 @@ def check_moments(
     Whatever the gradients were, their mean m and mean square v obey v >= (1 -
     beta2) g^2, g the last of them, and m^2 <= C v by Cauchy and Schwarz.
     """
-    groups = [
-        (p, group) for group in optimizer.param_groups for p in group["params"]
-    ]
-    betas = {p: group["betas"] for p, group in groups}
+    held = {p: g for g in optimizer.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         state = optimizer.state.get(p)
         if not state:
             raise CheckError(f"{name} has no moments; is it in the optimizer?")
-        m, v, (beta1, beta2) = state["exp_avg"], state["exp_avg_sq"], betas[p]
+        if "momentum_buffer" in state:  # Muon's: one mean, and no count of updates
+            if not torch.isfinite(state["momentum_buffer"]).all():
+                raise CheckError(f"{name}: its momentum_buffer is not finite")
+            continue
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        beta1, beta2 = held[p]["betas"]
         done = int(state["step"])
         if done < 1 or done != (done if updates is None else updates):
             raise CheckError(
@@ -171,9 +175,8 @@ def check_moments(
         }
         if p.grad is not None:
             new = share * p.grad.square()
-            bad["exp_avg_sq are too small for the gradient"] = (
-                v < 0.99 * new - 1e-30
-            )
+            low = v < 0.99 * new - 1e-30
+            bad["exp_avg_sq are too small for the gradient"] = low
             if done > 1 and (v - new <= 1e-5 * v).all():
                 bad["exp_avg_sq have forgotten all gradients but one"] = v >= 0
         for what, where in bad.items():
@@ -193,7 +196,7 @@ def fingerprints(model: nn.Module, optimizer: Optimizer) -> Marks:
     found: Marks = {}
     for name, p in model.named_parameters():
         state = optimizer.state.get(p, {})
-        for part in ("weight", "exp_avg", "exp_avg_sq"):
+        for part in ("weight", "exp_avg", "exp_avg_sq", "momentum_buffer"):
             if (value := p if part == "weight" else state.get(part)) is not None:
                 table = value.detach().reshape(len(value), -1).double()
                 columns = torch.arange(1, 1 + table.shape[1], device=table.device)
@@ -244,9 +247,8 @@ class Guards:
         except CheckError as error:
             state = latest_state(self.folder)
             good = f"the last sound state is {state}" if state else "none is saved"
-            raise CheckError(
-                f"step {step}: {error}. No state of it; {good}"
-            ) from None
+            why = f"step {step}: {error}. No state of it; {good}"
+            raise CheckError(why) from None
         finally:
             self.seconds += time.monotonic() - began
 
@@ -260,7 +262,7 @@ class Guards:
             check_causal(model, ids.to(model.model.embed_tokens.weight.device))
             check_order(model, len(ids))
             if self.start == 0:
-                check_initial(model)
+                check_initial(model, scaled=self.recipe.training.scaled_init)
             self.marks = fingerprints(model, self.optimizer)
             self.looks += 1
 
@@ -290,9 +292,7 @@ class Guards:
             check_settings(model, optimizer, self.recipe, step)
             # A rate far below the spacing of floats around a weight cannot move it.
             named, rate = model.named_parameters(), planned_rate(self.recipe, step)
-            stiff = {
-                name for name, p in named if rate <= 5e-7 * float(p.abs().max())
-            }
+            stiff = {n for n, p in named if rate <= 5e-7 * float(p.abs().max())}
             old = self.marks.items()
             due = {m: v for m, v in old if m[1] != "weight" or m[0] not in stiff}
             # AdamW's first update moves every number by the rate, so every row.

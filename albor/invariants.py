@@ -167,13 +167,15 @@ def stable_rank(matrix: Tensor, rounds: int = 12) -> float:
 
 
 @torch.no_grad()
-def check_initial(model: Albor, tokens: int = 1024, seed: int = 0) -> None:
+def check_initial(
+    model: Albor, tokens: int = 1024, seed: int = 0, scaled: bool = False
+) -> None:
     """Fresh weights are independent draws from N(0, s), and know nothing yet.
 
     By matrix: mean, deviation, correlation of neighbours and, on a sample, with all
     others of the same shape, to 6 standard errors; stable rank above a fifth of the
     shorter side. Gains are one. The loss on random ids is ln V + D s^2 / 2, to 0.06
-    nats.
+    nats. `scaled`: what adds to the residual stream has s / sqrt(2 L), not s.
     """
     c, alike = model.config, dict[torch.Size, list[Tensor]]()
     for name, p in model.named_parameters():
@@ -183,7 +185,9 @@ def check_initial(model: Albor, tokens: int = 1024, seed: int = 0) -> None:
                     f"{name}: gains from {p.min()} to {p.max()}, not 1"
                 )
             continue
-        w, error = p / c.initializer_range, 6 / math.sqrt(p.numel())
+        into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
+        depth = 2 * c.num_hidden_layers if scaled and into_stream else 1
+        w, error = p * depth**0.5 / c.initializer_range, 6 / math.sqrt(p.numel())
         neighbours = (w[:, 1:] * w[:, :-1]).mean(), (w[1:] * w[:-1]).mean()
         some = w.flatten()[:: max(1, w.numel() // 16384)]
         others = alike.setdefault(p.shape, [])

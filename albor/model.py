@@ -203,7 +203,9 @@ class Albor(nn.Module):
     Under `torch.device("meta")` nothing is drawn and no memory is taken.
     """
 
-    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, seed: int | None = 0, scaled_init: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         home = torch.get_default_device()
@@ -211,19 +213,24 @@ class Albor(nn.Module):
             self.model = Decoder(config)
         self.to_empty(device=home)
         if home.type != "meta":
-            self.initialize(seed)
+            self.initialize(seed, scaled_init)
         self.register_load_state_dict_pre_hook(self.drop_tied_head)
 
     @torch.no_grad()
-    def initialize(self, seed: int | None) -> None:
-        """Draw every weight anew, in the order of `parameter_shapes`."""
+    def initialize(self, seed: int | None, scaled_init: bool = False) -> None:
+        """Draw every weight anew, in the order of `parameter_shapes`.
+
+        `scaled_init` divides what adds to the residual stream by sqrt(2 L), as
+        GPT-2 does: L layers add 2 L terms to it, whose variances add up.
+        """
         generator = torch.Generator(device="cpu")
         if seed is None:
             generator.seed()
         else:
             generator.manual_seed(seed)
         spread = self.config.initializer_range
-        for parameter in self.parameters():
+        depth = 2 * self.config.num_hidden_layers
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
@@ -231,6 +238,10 @@ class Albor(nn.Module):
                     parameter, dtype=torch.float32, device="cpu"
                 )
                 drawn.normal_(0.0, spread, generator=generator)
+                if scaled_init and name.endswith(
+                    ("o_proj.weight", "down_proj.weight")
+                ):
+                    drawn /= depth**0.5
                 parameter.copy_(drawn)
 
     @staticmethod

@@ -125,7 +125,12 @@ def recipe_rows(held: Held) -> Rows:
     recipe, tokens, stream = held.recipe, held.final["tokens"], held.stream("train")
     data, adam, plan = recipe.data, recipe.optimizer, recipe.training
     turns, length = plan.gradient_accumulation, data.seq_len
-    adamw = f"AdamW, lr={adam.lr:g}, beta1={adam.beta1:g}, beta2={adam.beta2:g}, "
+    adamw = "AdamW, "
+    if adam.name == "muon":
+        adamw = (
+            f"Muon (momentum={adam.momentum:g}) on matrices of blocks, else AdamW, "
+        )
+    adamw += f"lr={adam.lr:g}, beta1={adam.beta1:g}, beta2={adam.beta2:g}, "
     adamw += f"eps={adam.eps:g}, wd={adam.weight_decay:g} on {adam.decay}"
     rate = f"{plan.lr_scheduler} to {plan.min_lr_ratio:g} of the peak"
     batch = f"{data.batch_size} x {turns} x {length}"

@@ -41,9 +41,9 @@ def lr_at(
     `peak` is the highest rate, `max_steps` the number of updates that the run will
     really make, `min_ratio * peak` the floor, reached exactly at the last update.
     """
-    if scheduler not in ("cosine", "constant"):
+    if scheduler not in ("cosine", "linear", "constant"):
         raise ValueError(
-            f"scheduler is {scheduler!r}; use 'cosine' or 'constant' (only warm-up)"
+            f"scheduler is {scheduler!r}; use 'cosine', 'linear' or 'constant'"
         )
     if step < 0 or max_steps < 1 or not 0 <= warmup_steps <= max_steps:
         raise ValueError(
@@ -60,9 +60,10 @@ def lr_at(
     floor = min_ratio * peak
     if step >= max_steps - 1:
         return floor
-    # 4. In between, half a cosine wave runs from the peak down to the floor.
+    # 4. In between, half a cosine wave or a line runs from the peak to the floor.
     progress = (step - warmup_steps) / (max_steps - 1 - warmup_steps)
-    share = (1 + math.cos(math.pi * progress)) / 2
+    wave = (1 + math.cos(math.pi * progress)) / 2
+    share = 1 - progress if scheduler == "linear" else wave
     return share * peak + (1 - share) * floor
 
 
@@ -110,7 +111,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     default makes a pass over memory for every arithmetic operation.
     """
     if config.name != "adamw":
-        raise ValueError(f"optimizer.name is {config.name!r}; write 'adamw'")
+        raise ValueError(
+            f"optimizer.name is {config.name!r}, and this builds 'adamw'; "
+            "albor.muon.make_optimizer builds what the recipe names"
+        )
     groups = parameter_groups(model, config.weight_decay, config.decay)
     devices = {p.device.type for group in groups for _, p in group["params"]}
     return torch.optim.AdamW(

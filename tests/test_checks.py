@@ -224,6 +224,10 @@ def test_roundtrip_of_sound_files_and_of_square_models(tmp_path):
 def test_fresh_weights_of_any_seed_pass(seed):
     invariants.check_initial(Albor(CONFIG, seed=seed))
     invariants.check_initial(Albor(PRESETS["albor-tiny"], seed=seed), seed=seed)
+    scaled = Albor(CONFIG, seed=seed, scaled_init=True)
+    invariants.check_initial(scaled, scaled=True)
+    with pytest.raises(CheckError, match=r"o_proj.weight: deviation / s is 0"):
+        invariants.check_initial(scaled)
 
 
 @pytest.mark.parametrize(

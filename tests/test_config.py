@@ -74,6 +74,8 @@ def test_the_card_s_recipes_are_there():
         "pretrain-350m-cuda-test",
         "pretrain-350m",
         "pretrain-350m-v2",
+        "pretrain-small-modern",
+        "pretrain-350m-modern",
     }
 
 
@@ -116,6 +118,31 @@ def test_the_card_s_figures(name, expected):
     assert (adam.lr, adam.beta1, adam.beta2) == (3e-4, 0.9, 0.95)
     assert (adam.weight_decay, plan.mixed_precision) == (0.1, "fp16")
     assert plan.lr_scheduler == "cosine"
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("-modern")])
+def test_modern_recipes_differ_from_the_faithful_ones(name):
+    found, faithful = load_recipe(name), load_recipe(name.removesuffix("-modern"))
+    plan, adam = found.training, found.optimizer
+    assert found.model == faithful.model and adam.name == "muon"
+    assert 0 < plan.warmup_steps <= plan.max_steps / 10
+    sizes = found.data.batch_size, plan.gradient_accumulation, found.data.seq_len
+    if name == "pretrain-350m-modern":
+        assert (plan.lr_scheduler, plan.min_lr_ratio) == ("linear", 0.0)
+        assert 2**17 <= math.prod(sizes) <= 2**18
+        assert math.prod(sizes) * plan.max_steps <= 5000 * 524_288 / 2
+    assert preflight(found, 4_000 * sizes[0], strict_warmup=True).warnings == ()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_modern_option_is_off_unless_a_recipe_asks(name):
+    found = load_recipe(name)
+    if not name.endswith("-modern"):
+        assert (found.optimizer.name, found.training.lr_scheduler) == (
+            "adamw",
+            "cosine",
+        )
+        assert found.training.scaled_init is False
 
 
 # Strict reading.
@@ -168,7 +195,7 @@ def test_the_card_s_figures(name, expected):
             "training.mixed",
             "bf16",
         ),
-        ("cosine", "linear", "training.lr_scheduler = 'linear'", "constant"),
+        ("cosine", "square", "training.lr_scheduler = 'square'", "constant"),
         ("mode: pretrain", "mode: finetune", "training.mode", "known: pretrain"),
         ("preset: albor-tiny", "presets: albor-tiny", "model = ", "preset: NAME"),
         ("data:", "dataset:", "dataset = ", "did you mean data?"),

@@ -13,6 +13,7 @@ from albor import guards
 from albor.checkpoint import latest_state, load_state
 from albor.checks import CheckError
 from albor.guards import Guards
+from albor.muon import make_optimizer
 from albor.step import StepResult
 
 
@@ -80,6 +81,34 @@ def test_sound_runs_of_other_lengths(tmp_path, schedule):
     run = Guarded(tmp_path / "0", min_lr_ratio=0.0, save_interval=1)
     run.guards.begin()
     run.go()  # the last rate is exactly 0, and nothing may have to move
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_sound_run_with_muon_and_what_it_would_notice(tmp_path, bf16):
+    """What `begin`, `look` and `check_moved` hold a run to, with Muon's rule."""
+    run = Guarded(tmp_path, scaled_init=True, lr_scheduler="linear")
+    asked = dataclasses.replace(run.recipe.optimizer, name="muon", momentum=0.8)
+    run.recipe = run.guards.recipe = dataclasses.replace(
+        run.recipe, optimizer=asked
+    )
+    run.model.initialize(seed=1, scaled_init=True)
+    run.optimizer = run.guards.optimizer = make_optimizer(run.model, asked, bf16)
+    run.guards.begin()
+    kept = []
+    run.options["save"] = None
+    run.options["inspect"] = lambda *at: run.guards.inspect(*at) or kept.append(at)
+    run.go()
+    run.guards.look()
+    assert run.guards.looks == 3 and len(kept) == run.recipe.training.max_steps
+    name = "model.layers.1.self_attn.k_proj.weight"
+    run.state(name, "momentum_buffer")[2, 1] = math.nan
+    with pytest.raises(CheckError, match=r"k_proj.*momentum_buffer is not finite"):
+        run.guards.look()
+    muon = next(g for g in run.optimizer.param_groups if g["rule"] == "muon")
+    muon["momentum"] = 0.95
+    last = run.recipe.training.max_steps - 1
+    with pytest.raises(CheckError, match=r": momentum is 0.95 at step .*, and 0.8"):
+        guards.check_settings(run.model, run.optimizer, run.recipe, last)
 
 
 def test_a_state_that_fails_is_not_saved(tmp_path):
@@ -264,6 +293,8 @@ def test_settings_that_are_not_the_recipes(tmp_path, key, value, group):
         {"warmup_steps": 3, "max_steps": 4},
         {"warmup_steps": 50, "max_steps": 5000, "min_lr_ratio": 0.0},
         {"warmup_steps": 7, "max_steps": 99, "lr_scheduler": "constant"},
+        {"warmup_steps": 7, "max_steps": 99, "lr_scheduler": "linear"},
+        {"warmup_steps": 0, "lr_scheduler": "linear", "min_lr_ratio": 0.0},
     ],
 )
 def test_schedules(tmp_path, plan, monkeypatch):

@@ -191,6 +191,18 @@ def test_a_foreign_head_is_refused() -> None:
 # --------------------------------------------------------------------------- init
 
 
+def test_scaled_init_shrinks_what_adds_to_the_stream_and_nothing_else() -> None:
+    plain = dict(Albor(CONFIG, seed=4).named_parameters())
+    scaled = dict(Albor(CONFIG, seed=4, scaled_init=True).named_parameters())
+    shrunk = set()
+    for name, weight in plain.items():
+        if not torch.equal(weight, scaled[name]):
+            shrunk.add(name.split(".")[-2])
+            due = weight / (2 * CONFIG.num_hidden_layers) ** 0.5
+            assert torch.allclose(scaled[name], due, rtol=1e-6, atol=0)
+    assert shrunk == {"o_proj", "down_proj"}
+
+
 def test_weights_depend_on_the_seed_alone() -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()

@@ -52,6 +52,7 @@ def plans(draw):
         warmup_steps=draw(st.integers(0, max_steps)),
         max_steps=max_steps,
         min_ratio=draw(st.floats(0, 1)),
+        scheduler=draw(st.sampled_from(["cosine", "linear"])),
     )
 
 
@@ -86,6 +87,13 @@ def test_the_rate_against_a_formula_written_elsewhere():
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+def test_a_line_falls_by_equal_steps():
+    plan = dict(peak=2.0, warmup_steps=3, max_steps=14, scheduler="linear")
+    found = [lr_at(s, **plan, min_ratio=0.0) for s in range(14)]
+    expected = [2 / 3, 4 / 3, 2.0, *np.linspace(2.0, 0.0, 11)]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
 def test_a_constant_rate_still_warms_up():
     plan = dict(peak=2.0, warmup_steps=4, max_steps=9, scheduler="constant")
     assert [lr_at(s, **plan) for s in range(9)] == [0.5, 1.0, 1.5] + [2.0] * 6
@@ -98,7 +106,7 @@ def test_a_constant_rate_still_warms_up():
         {"max_steps": 0},
         {"warmup_steps": -1},
         {"warmup_steps": 11},
-        {"scheduler": "linear"},
+        {"scheduler": "square"},
     ],
 )
 def test_an_impossible_schedule_is_refused(change):
