@@ -232,6 +232,8 @@ def append_jsonl(path: str | Path, *records: dict[str, Any]) -> None:
         if not isinstance(record, dict):
             raise ArtifactError(f"a record is a mapping of keys, got {record!r}")
     line = "".join(to_json(record) + "\n" for record in records).encode()
+    if not records:
+        return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+", buffering=0) as file:
         if size := file.seek(0, os.SEEK_END):

@@ -29,6 +29,7 @@ __all__ = [
     "Attention",
     "BlockAttention",
     "KVCache",
+    "all_kernels_allowed",
     "attend",
     "causal_mask",
     "grouped_kernel",
@@ -81,10 +82,10 @@ class KVCache:
 
 
 class BlockAttention(torch.autograd.Function):
-    """Causal attention for rows that fit a cache: `BLOCK_ROWS` queries at a time.
+    """Causal attention for short rows: `BLOCK_ROWS` queries at a time.
 
-    q is (B, H, T, Dh), k and v are (B, K, T, Dh). The weights of the blocks are kept
-    for the backward pass: half of a (T, T) matrix per head.
+    q is (B, H, T, Dh), k and v are (B, K, T, Dh). The blocks' weights are kept for
+    the backward pass: half of a (T, T) matrix per head.
     """
 
     @staticmethod
@@ -136,14 +137,17 @@ class BlockAttention(torch.autograd.Function):
         )
 
 
-def in_blocks(q: Tensor) -> bool:
-    """Whether `BlockAttention` takes causal rows of queries q, being faster.
-
-    Not if a fused kernel was chosen by name (`torch.nn.attention.sdpa_kernel`).
-    """
+@torch.compiler.assume_constant_result
+def all_kernels_allowed() -> bool:
+    """False within `torch.nn.attention.sdpa_kernel`, which chooses one by name."""
     sdp = torch.backends.cuda  # where the switches for a CPU are, too
-    free = sdp.flash_sdp_enabled() and sdp.math_sdp_enabled()
-    return free and q.device.type == "cpu" and q.shape[2] <= BLOCK_LIMIT
+    return sdp.flash_sdp_enabled() and sdp.math_sdp_enabled()
+
+
+def in_blocks(q: Tensor) -> bool:
+    """Whether `BlockAttention` takes causal rows of queries q, being faster."""
+    suits = q.device.type == "cpu" and q.shape[2] <= BLOCK_LIMIT
+    return suits and all_kernels_allowed()
 
 
 def causal_mask(new: int, seen: int, device: torch.device) -> Tensor:

@@ -292,7 +292,7 @@ def fit_micro_batch(
     together = recipe.data.batch_size * recipe.training.gradient_accumulation
     for micro in range(recipe.data.batch_size, 0, -1):
         sizes = (recipe.model, micro, recipe.data.seq_len)
-        how = {"device": device, "recompute": recipe.training.recompute}
+        how: Any = {"device": device, "recompute": recipe.training.recompute}
         need = max(memory_estimate(*sizes, k, **how)["total"] for k in kinds)
         if together % micro == 0 and need <= available_bytes:
             return micro, together // micro

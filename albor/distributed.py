@@ -4,7 +4,7 @@
     python -m torch.distributed.run --nproc-per-node N -m albor.distributed RECIPE
 
 Notable here:
-- DDP: each rank has the whole model; gradients are averaged during the backward;
+- DDP: each rank has the whole model; gradients are added up during the backward;
 - rank 0 prepares, logs, evaluates, saves; the others compute, and obey rank 0;
 - a run may go on with another number of processes, on the same stream of samples;
 - without torchrun it is the same program in one process.
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record as elastic
 
 from albor.artifacts import read_jsonl, write_json
-from albor.checkpoint import load_state, save_model, save_state, verify_state
+from albor.checkpoint import load_state, save_model, verify_state
 from albor.config import ConfigError, Recipe, fit_micro_batch, preflight
 from albor.guards import Guards
 from albor.hardware import (
@@ -33,7 +33,7 @@ from albor.hardware import (
     make_deterministic,
 )
 from albor.model import Albor
-from albor.optimizer import build_optimizer
+from albor.muon import make_optimizer
 from albor.ranks import (
     World,
     add_up,
@@ -43,7 +43,7 @@ from albor.ranks import (
     refuse_ranks,
     shared_loss,
 )
-from albor.resident import compiled_loss
+from albor.resident import compiled_loss, compiles
 from albor.setup import (
     begin_folder,
     choose_folder,
@@ -54,6 +54,7 @@ from albor.setup import (
     refuse_other_run,
 )
 from albor.shards import TokenStream
+from albor.states import StateWriter
 from albor.step import make_scaler
 from albor.texts import Texts, find_texts, open_batches
 from albor.train import METRICS, Summary, evaluate_loss, progress_line, train
@@ -128,16 +129,16 @@ def run(options: argparse.Namespace, world: World) -> None:
     preflight(recipe, batches.sequences)
     if recipe.training.deterministic:
         make_deterministic()
-    model = Albor(recipe.model, seed=seed).to(target)
+    scaled = recipe.training.scaled_init
+    model = Albor(recipe.model, seed=seed, scaled_init=scaled).to(target)
     model.model.recompute = recipe.training.recompute
-    optimizer = build_optimizer(model, recipe.optimizer)
+    optimizer = make_optimizer(model, recipe.optimizer, bf16=half == "bf16")
     scaler = make_scaler(half, target)
     if plan.state:
         extra = load_state(plan.state, model, optimizer)["extra"]
         if scaler:
             scaler.load_state_dict(extra["scaler"])
-    wanted = {"auto": target.type == "cuda", "always": True, "never": False}
-    loss = compiled_loss(model) if wanted[recipe.training.compile] else None
+    loss = compiled_loss(model) if compiles(recipe, target) else None
     how: dict[str, Any] = {
         "start_step": start,
         "micro_batch": plan.micro_batch,
@@ -168,10 +169,13 @@ def run(options: argparse.Namespace, world: World) -> None:
         scaled=scaler is not None,
     )
 
+    writer = StateWriter(folder, asynchronous=target.type == "cuda")
+    losses: dict[int, float | None] = {}  # of validation, after so many steps
+
     def save(done: int) -> None:
         guards.before_save(done)
         extra = settings | {"scaler": scaler.state_dict() if scaler else None}
-        save_state(folder, done, model, optimizer, extra)
+        writer.save(done, model, optimizer, extra, losses.get(done))
 
     def judge(sequences: int) -> tuple[float, int]:
         width = recipe.data.seq_len
@@ -180,17 +184,20 @@ def run(options: argparse.Namespace, world: World) -> None:
         )
 
     def show(line: dict[str, Any], seconds_left: float) -> None:
+        losses[line["step"] + 1] = line.get("val_loss")
         say(progress_line(line, end, seconds_left), flush=True)
 
     guards.begin()
     begin_folder(folder, settings, texts[0], session, plan.state)
-    summary = go(
-        output_dir=folder,
-        evaluate=lambda: judge(recipe.training.eval_sequences)[0],
-        save=save,
-        inspect=guards.inspect,
-        on_log=show,
-    )
+    with writer:
+        summary = go(
+            output_dir=folder,
+            evaluate=lambda: judge(recipe.training.eval_sequences)[0],
+            save=save,
+            settle=writer.wait,
+            inspect=guards.inspect,
+            on_log=show,
+        )
     judged = judge(0)
     save_model(folder, model, texts[0][1])
     result = describe_result(

@@ -129,11 +129,10 @@ def check_settings(
                 c.decay == "all" or p.dim() == 2
             )
             for key, value in due.items():
-                have = group[key]  # a rate may be a tensor
-                now = [float(x) for x in (have if key == "betas" else [have])]
+                now = torch.as_tensor(group[key], device="cpu")
                 if not np.allclose(now, value, rtol=1e-6, atol=1e-15):
                     raise CheckError(
-                        f"{names.get(p, tuple(p.shape))}: {key} is {have} at "
+                        f"{names.get(p, tuple(p.shape))}: {key} is {group[key]} at "
                         f"step {step}, and {value} in the recipe; build the "
                         "optimizer from it, and set the rate before each update"
                     )
@@ -276,8 +275,7 @@ class Guards:
 
     def before_save(self, done: int) -> None:
         """Before the state after `done` steps; not twice for the same step."""
-        if 0 <= self.looked < done - 1:
-            self.look()
+        self.look() if 0 <= self.looked < done - 1 else None
 
     @torch.no_grad()
     def look(self) -> None:

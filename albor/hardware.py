@@ -4,7 +4,7 @@
 Notable here:
 - what cannot be served is refused by name, with the way out;
 - on Linux, glibc is told to keep the memory that the next step will ask for again;
-- when memory runs out, the error says what was asked, what was free, what to change.
+- when memory runs out, the error says what was asked, was free, and may change.
 """
 
 import ctypes
@@ -159,7 +159,7 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # Filling fresh memory helps to find reads of it; we have none, and it costs.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
 
 
 class OutOfMemory(RuntimeError):
@@ -187,7 +187,7 @@ def bytes_asked(error: BaseException) -> int | None:
 
 @contextmanager
 def memory_explained(device: torch.device, mend: str) -> Iterator[None]:
-    """Turn a failed allocation within the block into an `OutOfMemory` that helps."""
+    """Turn a failed allocation in the block into an `OutOfMemory` that helps."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from albor.config import Recipe
 from albor.model import Albor
 from albor.step import StepResult, enqueue_step
 
@@ -29,12 +30,14 @@ __all__ = [
     "Stepper",
     "collection_paused",
     "compiled_loss",
+    "compiles",
+    "records_graph",
     "signals_held_back",
 ]
 
 
 class History:
-    """The results since the last read, on the device: a row of four for each step."""
+    """The results since the last read, on the device: four numbers a step."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.rows = torch.zeros(size, 4, dtype=torch.float64, device=device)
@@ -100,6 +103,27 @@ class GraphedStep:
 GRAPH_TOKENS = 16_384  # per step: above, a GPU computes longer than it is launched
 
 
+def compiles(recipe: Recipe, device: torch.device) -> bool:
+    """Whether a run compiles its loss; "auto": on a GPU, where it always pays."""
+    return {"auto": device.type == "cuda", "always": True, "never": False}[
+        recipe.training.compile
+    ]
+
+
+def records_graph(recipe: Recipe, device: torch.device) -> bool:
+    """Whether a run's steps are small enough to be launched as one CUDA graph.
+
+    Not with fp16: its loss scaler keeps notes on the host in every step.
+    """
+    tokens = (
+        recipe.data.batch_size
+        * recipe.training.gradient_accumulation
+        * recipe.data.seq_len
+    )
+    small = tokens <= GRAPH_TOKENS and recipe.training.mixed_precision != "fp16"
+    return small and device.type == "cuda"
+
+
 def compiled_loss(model: Albor) -> Callable[[Tensor, Tensor], Tensor]:
     """`model.loss` through `torch.compile`, as one graph of fixed shapes.
 
@@ -157,7 +181,7 @@ class Stepper:
 
 @contextmanager
 def collection_paused() -> Iterator[Callable[[], object]]:
-    """No garbage collection inside the block, but where what it yields is called."""
+    """No garbage collection inside the block, unless what it yields is called."""
     was = gc.isenabled()
     gc.collect()
     gc.freeze()  # what is alive now is not looked at again

@@ -25,7 +25,6 @@ import albor
 from albor.artifacts import read_json, sha256_file, write_json
 from albor.checkpoint import (
     CheckpointError,
-    forget_states_after,
     latest_state,
     verify_state,
 )
@@ -34,6 +33,7 @@ from albor.corpus import resolve
 from albor.hardware import pick_precision
 from albor.shapes import count_parameters, parameter_shapes
 from albor.shards import TokenStream, unigram_cross_entropy
+from albor.states import forget_states_after
 from albor.texts import Texts, find_home
 from albor.train import METRICS
 

@@ -92,8 +92,8 @@ def enqueue_step(
     """Put one step on inputs and targets (N, T) into the device's queue.
 
     Returns loss, gradient norm, finite (1 or 0) and loss scale: float64 (4,) on the
-    device. The loss is the mean over the N * T targets (those marked as ignored left
-    out), however they are sliced: `micro_batch` rows at a time, 0 means all. `loss`
+    device. The loss is the mean over the N * T targets (ignored ones left out),
+    however they are sliced: `micro_batch` rows at a time, 0 means all. `loss`
     stands in for `model.loss`: a compiled one, or one that shares gradients with
     other ranks, and then `reduce` sums a tensor over them, in place.
 
@@ -132,7 +132,8 @@ def enqueue_step(
     norm = clip_by_global_norm(model.parameters(), grad_clip)
     finite = torch.isfinite(total) & torch.isfinite(norm)
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = (~finite).float()  # on the device: no wait
+        # PyTorch's own way to tell it, on the device: no wait.
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
     elif finite:
         optimizer.step()
@@ -153,7 +154,7 @@ def train_step(
     grad_clip: float = 1.0,
     **options: Any,
 ) -> StepResult:
-    """Take one step at the rate `lr` and wait for it; `options`: of `enqueue_step`."""
+    """Take one step at the rate `lr`, and wait. `options`: of `enqueue_step`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     row = enqueue_step(

@@ -106,8 +106,8 @@ class NonFiniteError(RuntimeError):
             back = "none is saved"
         super().__init__(
             f"step {step} is not finite: loss {result.loss}, gradient norm "
-            f"{result.grad_norm}{scale}, on the training rows {rows}. It changed no "
-            f"weight and no moment; {back}. Look at those rows, or "
+            f"{result.grad_norm}{scale}, on the training rows {rows}. It changed "
+            f"no weight and no moment; {back}. Look at those rows, or "
             "lower optimizer.lr, or use precision fp32"
         )
 
@@ -206,6 +206,7 @@ def train(
     start_step: int = 0,
     evaluate: Callable[[], float] | None = None,
     save: Callable[[int], object] | None = None,
+    settle: Callable[[], object] | None = None,
     inspect: Callable[[int, StepResult], object] | None = None,
     on_log: Callable[[dict[str, Any], float], object] | None = None,
     save_minutes: float = 5.0,
@@ -217,6 +218,7 @@ def train(
     """Train from `start_step` to `recipe.training.max_steps`.
 
     `evaluate()` gives a validation loss, `save(n)` keeps the state after n steps,
+    `settle()` waits until it is on the disk, before a signal is obeyed,
     `inspect(step, result)` sees the last step of a look while its gradients are
     there, `on_log(record, seconds_left)` sees the first step, the last,
     evaluations, and a step every `log_seconds`. It saves every `save_interval`
@@ -252,7 +254,7 @@ def train(
             results = stepper.read()  # here the host waits; nowhere else
             now, done = time.monotonic(), look
             spent += now - tick
-            records = []
+            records: list[dict[str, Any]] = []
             for step, result in enumerate(results, start=first):
                 if not result.finite and not result.skipped:
                     append_jsonl(metrics, *records)
@@ -289,6 +291,8 @@ def train(
                 every = max(1, min(MOST_STEPS, int(LOG_SECONDS / pace)))
             look = next_log(done, every, plan)
     if signals:
+        if settle:
+            settle()
         signal.raise_signal(signals[0])  # all is saved: now do as we are told
     return Summary(
         done, done == plan.max_steps, (done - start_step) * tokens, spent

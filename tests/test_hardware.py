@@ -158,13 +158,12 @@ def test_what_was_asked_is_read_out_of_the_message(message, asked):
 def test_out_of_memory_names_asked_free_and_mend(monkeypatch):
     monkeypatch.setattr(hardware, "free_memory", lambda device: 12345)
     with (
-        pytest.raises(
-            OutOfMemory, match=re.escape("12,345 free. Do less")
-        ) as caught,
+        pytest.raises(OutOfMemory, match="12,345 free") as caught,
         memory_explained(CPU, "Do less"),
     ):
         torch.empty(2**50, dtype=torch.uint8)
     assert f"{2**50:,} bytes" in str(caught.value)
+    assert "Do less" in str(caught.value)
     assert isinstance(caught.value.__cause__, RuntimeError)
     with pytest.raises(ValueError, match="mine"), memory_explained(CPU, ""):
         raise ValueError("mine")

@@ -250,7 +250,7 @@ def imported_modules(tree: ast.AST) -> set[str]:
 
 @cache
 def strings(tree: ast.AST) -> set[str]:
-    """All string constants, and paths joined by `/`; an f-string has `*` for a value.
+    """All string constants, and paths joined by `/`; `*` for an f-string's values.
 
     The constant parts of an f-string are there by themselves, too.
     """
