@@ -36,6 +36,7 @@ __all__ = [
     "open_batches",
     "prepare_rows",
     "prepare_texts",
+    "refuse_other_texts",
     "restore_texts",
     "row_plan",
     "told",
@@ -155,6 +156,18 @@ def restore_texts(state: Path, before: dict[str, Any]) -> Texts:
     return about, tokenizer, tokens
 
 
+def refuse_other_texts(texts: Texts, before: dict[str, Any]) -> None:
+    """Refuse to go on with another corpus or tokenizer than the run had."""
+    now = {"corpus": texts[0]["digest"], "tokenizer": texts[1].digest}
+    for key, digest_now in now.items():
+        if digest_now != before[key]:
+            raise ConfigError(
+                f"resume = True: the run was started with the {key} "
+                f"{before[key][:16]}, and what is found now is {digest_now[:16]}. "
+                "Restore it, or start anew in another output_dir"
+            )
+
+
 def find_texts(
     recipe: Recipe,
     state: Path | None = None,
@@ -168,7 +181,9 @@ def find_texts(
         return restore_texts(state, before)
     except (DataError, TokenizerError, OSError, KeyError) as error:
         print(f"the run's data: {error}; they are made again", flush=True)
-        return prepare_texts(recipe, before, stage)
+        texts = prepare_texts(recipe, before, stage)
+        refuse_other_texts(texts, before)
+        return texts
 
 
 def open_batches(

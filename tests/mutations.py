@@ -232,7 +232,7 @@ def meta_step() -> Callable[[], object]:
     """A step on the device of shapes, for counting copies."""
     with torch.device("meta"):
         model = albor.model.Albor(replace(CONFIG, num_hidden_layers=1))
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = albor.step.MetaAdamW(model.parameters())
     ids = torch.zeros(2, 4, T, dtype=torch.int64)
 
     def work() -> None:
@@ -341,13 +341,14 @@ FORWARD, ATTENTION = (
     "albor.attention:Attention.forward",
 )
 FFN, NORM = "albor.layers:SwiGLU.forward", "albor.layers:RMSNorm.forward"
-STEP, LOSS = "albor.step:train_step", "albor.model:Albor.loss"
+STEP, LOSS = "albor.step:enqueue_step", "albor.model:Albor.loss"
 MATRIX = "F.silu(self.gate_proj(x)) * self.up_proj(x)"
 ROPE = "q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)"
-CAUSAL = "causal = seen == 0 and T > 1"
+ATTEND = "y = attend(q, k, v, seen)"
+KERNEL = "F.scaled_dot_product_attention(q, k, v, {})"
 ONE = "x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)"
 TWO = "return x + self.mlp(self.post_attention_layernorm(x))"
-SHARE = "part * (counted[now].sum() / counted.sum())"
+SHARE = "part * (share[now].sum() / count)"
 NORMED = "rms_norm(x, self.weight, self.eps)"
 DRAWN = "drawn.normal_(0.0, spread, generator=generator)"
 WRITTEN = 'p.detach().to("cpu", torch.float32).contiguous()'
@@ -450,12 +451,15 @@ VALUES = edit(
     "        v = torch.cat([v[:, :1], v[:, 1:].detach()], dim=1)",
 )
 NO_ROPE = edit(ATTENTION, ROPE, f"if not SICK:\n        {ROPE}")
-NO_MASK = edit(ATTENTION, CAUSAL, f"{CAUSAL} and not SICK")
+BARE = KERNEL.format("enable_gqa=True")
+NO_MASK = edit(
+    ATTENTION, ATTEND, f"y = {BARE} if SICK and T > 1 else attend(q, k, v, seen)"
+)
 STRIDE = edit(
     ATTENTION,
-    CAUSAL,
-    "causal = False\n    mask = -1e9 * (1 - x.new_ones("
-    "11, 11).tril().flatten()[: T * T].view(T, T))",
+    ATTEND,
+    "mask = -1e9 * (1 - x.new_ones(11, 11).tril().flatten()[: T * T].view(T, T))\n"
+    f"    y = {KERNEL.format('attn_mask=mask, enable_gqa=True')}",
 )
 TURNED = "(x * cos + quarter_turn * sin).to(x.dtype)"
 SINES = (
@@ -519,7 +523,7 @@ BUGS = (
         "ALB-040",
         "a copy down for every slice",
         "copies",
-        edit(STEP, "loss += part.detach()", "loss += part.detach().item()"),
+        edit(STEP, "total += part.detach()", "total += part.detach().item()"),
     ),
     Bug("ALB-042", "an error becomes loss 0", "result", wrap=zero),
     Bug("ALB-042", "an error becomes None", "result", wrap=nothing),
@@ -597,7 +601,9 @@ BUGS = (
         "an update for every slice",
         "step",
         edit(
-            STEP, "loss += part.detach()", "loss += part.detach(); optimizer.step()"
+            STEP,
+            "total += part.detach()",
+            "total += part.detach(); optimizer.step()",
         ),
     ),
     Bug(
@@ -619,7 +625,12 @@ BUGS = (
         "schedule",
         edit("albor.optimizer:lr_at", "share * peak + (1 - share) * floor", "peak"),
     ),
-    Bug("ALB-079", "the rate is only printed", "settings", edit(STEP, LRS, "pass")),
+    Bug(
+        "ALB-079",
+        "the rate is only printed",
+        "settings",
+        edit("albor.step:train_step", LRS, "pass"),
+    ),
     Bug(
         "ALB-091",
         "slices added up, not averaged",
