@@ -154,8 +154,12 @@ def run(options: argparse.Namespace, world: World) -> None:
 
     if not lead:
         with tempfile.TemporaryDirectory(prefix="albor-") as scratch:
-            follow(world, lambda: go(output_dir=scratch))
-        dist.barrier()  # rank 0 judges and writes what was made
+
+            def part() -> None:
+                go(output_dir=scratch)
+                dist.barrier()  # rank 0 judges and writes what was made
+
+            follow(world, part)
         return
 
     settings = describe_run(recipe, seed, texts[0], plan.micro_batch)

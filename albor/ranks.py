@@ -114,16 +114,20 @@ def follow(world: World, work: Callable[[], Any]) -> Any:
     would not save. Python gives signals to the main thread alone, so the work goes
     to another, where `train` holds none back.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    ours = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ours}
 
     def there() -> Any:
         if world.target.type == "cuda":
             torch.cuda.set_device(world.target)  # is a setting of each thread
         return work()
 
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(there).result()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(there).result()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (B, T) ids, targets -> mean

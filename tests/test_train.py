@@ -317,6 +317,8 @@ def test_a_signal_ends_the_step_saves_and_is_obeyed(tmp_path, number, whole):
             signal.raise_signal(number)
         return step(i)
 
+    # A job in the background of a shell is born deaf to Ctrl-C.
+    deaf = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.signal(signal.SIGTERM, lambda *_: obeyed.append(signal.SIGTERM))
     try:
         run.batches.step = interrupted
@@ -328,6 +330,7 @@ def test_a_signal_ends_the_step_saves_and_is_obeyed(tmp_path, number, whole):
             assert obeyed == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, deaf)
     assert run.saved == [7] and len(run.log) == 7
     assert "val_loss" not in run.log[-1]  # no time for that
     resumed = Run(tmp_path, seed=4)

@@ -32,6 +32,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ FLAGS = (
 DESKTOP = (1280, 800)
 PHONE = (390, 844)
 CONTRAST = 4.5
+BROWSERS = 2  # at the same time
 TALLEST = 12_000  # of a picture, in pixels
 PATIENCE = 120.0  # seconds for one answer, also on a busy machine
 
@@ -346,6 +348,28 @@ def check_search(browser: Browser, base: str, word: str) -> list[str]:
     return faults
 
 
+Look = tuple[list[str], dict[str, list[str]]]  # a page's faults; its links and ids
+
+
+def look_at_some(
+    pages: list[str], base: str, screens: Path | None
+) -> list[tuple[str, Look]]:
+    """Look at these pages, one after the other, in a browser of their own."""
+    looks = []
+    with contextlib.ExitStack() as stack:
+        browser = stack.enter_context(Browser())
+        for page in pages:
+            pictures = None if page.startswith("_modules/") else screens
+            try:
+                look = look_at(browser, base, page, pictures)
+            except (websocket.WebSocketException, OSError):
+                # The tab has died, as on a starved machine: once is forgiven.
+                browser = stack.enter_context(Browser())
+                look = look_at(browser, base, page, pictures)
+            looks.append((page, look))
+    return looks
+
+
 def check_site(
     build: Path, screens: Path | None = None, word: str = "", only: str = ""
 ) -> list[str]:
@@ -355,16 +379,15 @@ def check_site(
     pages = sorted(f.relative_to(build).as_posix() for f in files)
     pages = [page for page in pages if page != "index.html" and only in page]
     faults, seen = [], {}
-    with serve(build) as base, contextlib.ExitStack() as stack:
-        browser = stack.enter_context(Browser())
+    with serve(build) as base:
+        shares = [pages[i::BROWSERS] for i in range(BROWSERS) if pages[i::BROWSERS]]
+        with ThreadPoolExecutor(BROWSERS) as pool:
+            work = functools.partial(look_at_some, base=base, screens=screens)
+            looks = {
+                page: look for part in pool.map(work, shares) for page, look in part
+            }
         for page in pages:
-            pictures = None if page.startswith("_modules/") else screens
-            try:
-                found, seen[page] = look_at(browser, base, page, pictures)
-            except (websocket.WebSocketException, OSError):
-                # The tab has died, as on a starved machine: once is forgiven.
-                browser = stack.enter_context(Browser())
-                found, seen[page] = look_at(browser, base, page, pictures)
+            found, seen[page] = looks[page]
             faults += [f"{page}: {fault}" for fault in found]
         for link in {link for found in seen.values() for link in found["links"]}:
             path = urllib.parse.unquote(urllib.parse.urlsplit(link).path).lstrip(
@@ -375,7 +398,8 @@ def check_site(
                 faults.append(f"{sources[0]}: link to {path}, which is not there")
         faults += check_links(base, seen)
         if word:
-            faults += check_search(browser, base, word)
+            with Browser() as browser:
+                faults += check_search(browser, base, word)
     return faults
 
 
