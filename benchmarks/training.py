@@ -67,7 +67,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 NOMINAL = {"H100": 989.5e12, "H200": 989.5e12}  # dense bf16 FLOP/s, by the makers
-TOLERANCE = 1e-2  # nats between the arms' losses at one step
+# Nats between the arms' losses at a step. 16 bits round in another order in every
+# program, and fifty updates carry that on.
+TOLERANCE = {"1": 1e-2, "10": 1e-2, "50": 2e-2}
 TEXT = 12_000_000  # bytes of source: for a vocabulary, and steps that differ
 
 
@@ -250,7 +252,7 @@ def compare_losses(rounds: list[dict[str, Any]], reference: str) -> dict[str, An
             other = first[against]["losses"][step]
             gap = abs(loss - other)
             worst = max(worst, gap)
-            if not gap <= TOLERANCE:  # nor is NaN
+            if not gap <= TOLERANCE[step]:  # nor is NaN
                 wrong.append(
                     f"{name}: loss {loss:.4f} at step {step}, "
                     f"where {against} has {other:.4f}"

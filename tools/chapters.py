@@ -29,7 +29,8 @@ from nbformat import NotebookNode
 
 PACKAGE = "albor"
 # In a string these are words, or (_toc.yml) a mark by which the root is known.
-NAMES = {PACKAGE, "book", "notebooks", "tests", "benchmarks", "_toc.yml", ".", ""}
+NAMES = {PACKAGE, "book", "notebooks", "tests", "tools", "benchmarks"}
+NAMES |= {"_toc.yml", ".", ""}
 MYST = {"extension": ".md", "format_name": "myst"}
 HEADER = """\
 ---
