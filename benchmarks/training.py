@@ -45,6 +45,7 @@ from albor.shards import TokenStream
 from albor.tokenizer import Tokenizer, TokenizerError
 from albor.train import scheduled_rate
 from benchmarks.arms import ABLATIONS, ARMS, REFERENCE, Job
+from benchmarks.machine import commit, processor
 
 # A recipe each, and the steps of an arm: (warm-up, timed, afterwards) on a CPU and
 # on a GPU. Those afterwards reach step 50, and on a GPU their copies are counted.
@@ -315,16 +316,6 @@ def summarize(
     return table
 
 
-def processor() -> str:
-    """The name of the processor, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = [line for line in lines if line.startswith("model name")]
-        return names[0].partition(":")[2].strip()
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
-
-
 def about(job: Job) -> dict[str, Any]:
     """What must be known of where and when to read the figures."""
     versions = {}
@@ -333,8 +324,6 @@ def about(job: Job) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    git = ["git", "-C", str(project_path(".")), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     units = torch.backends.cpu.get_cpu_capability()
     hardware = f"{processor()}, {job.threads} threads, {units}"
     if job.device != "cpu":
@@ -344,7 +333,7 @@ def about(job: Job) -> dict[str, Any]:
         "versions": versions,
         "python": platform.python_version(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": commit() or "",
     }
 
 
