@@ -124,14 +124,14 @@ def records_graph(recipe: Recipe, device: torch.device) -> bool:
     return small and device.type == "cuda"
 
 
-def compiled_loss(model: Albor) -> Callable[[Tensor, Tensor], Tensor]:
+def compiled_loss(model: Albor, **how: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """`model.loss` through `torch.compile`, as one graph of fixed shapes.
 
     The first call compiles: seconds for a small model, minutes for a deep one on a
     CPU. Errors of the compiler come from there.
     """
     model.model.rotations(0, 1)  # the table is made before the trace, not in it
-    return torch.compile(model.loss, fullgraph=True, dynamic=False)
+    return torch.compile(model.loss, fullgraph=True, dynamic=False, **how)
 
 
 class Stepper:

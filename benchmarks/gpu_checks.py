@@ -284,7 +284,7 @@ def stepper(device: torch.device, graph: bool = False) -> tuple[Albor, Stepper]:
     """A small model and what queues its steps."""
     model, optimizer = begin(device)
     return model, Stepper(
-        model, optimizer, [RATE] * 64, capacity=16, graph=graph, precision="bf16"
+        model, optimizer, [RATE] * 64, capacity=64, graph=graph, precision="bf16"
     )
 
 

@@ -1,14 +1,21 @@
 """Run one arm of `benchmarks.training` in this process, and say what it took.
 
-python -m benchmarks.measure ARM JOB        # prints one line of JSON
+    python -m benchmarks.measure ARM JOB
+
+Builds and compiles the arm and prints a line of JSON with its status. Then it takes
+one turn for every line that it reads, and prints what it measured, as JSON again.
+Arms on one GPU compile side by side. Of the device only one has the use at a time:
+in its turn, or with the lock in the job's folder; then it gives its memory back.
 """
 
 import dataclasses
+import fcntl
 import gc
 import json
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +28,7 @@ import torch
 from albor.ceilings import ceilings as measured_ceilings
 from albor.config import ModelConfig, parameter_shapes
 from albor.hardware import free_memory, keep_freed_memory
-from albor.profiling import count_events
+from albor.profiling import GPU, collect, sort_events, sort_parts
 from albor.resident import collection_paused
 from albor.shapes import memory_estimate
 from benchmarks.arms import ARMS, Job, Loop, Unavailable
@@ -56,6 +63,40 @@ class Clock:
             torch.cuda.synchronize()
             return [a.elapsed_time(b) for a, b in pairs]
         return [1000 * (b - a) for a, b in pairs]
+
+
+class Lock:
+    """The GPU, for one process at a time, while others compile."""
+
+    def __init__(self, device: str) -> None:
+        self.file = None
+        if device != "cpu":
+            path = (
+                Path(tempfile.gettempdir())
+                / f"albor-{device.replace(':', '-')}.lock"
+            )
+            self.file = open(path, "w")
+
+    def take(self) -> None:
+        """Wait for it; again, it is ours already."""
+        if self.file:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def give_back(self) -> None:
+        """Free the memory that we do not use, and let the next one have it."""
+        if self.file:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+
+
+def compile_backward_early() -> bool:
+    """Compile the backward pass with the forward, and not when it is first run."""
+    config = torch._functorch.config
+    found = hasattr(config, "force_non_lazy_backward_lowering")
+    if found:
+        config.force_non_lazy_backward_lowering = True
+    return found
 
 
 def first_step(loop: Loop, device: str) -> float:
@@ -124,69 +165,117 @@ def best_micro_batch(build: Callable[[Job], Loop], job: Job) -> tuple[int, list]
     return best[1], trials
 
 
-def measure(name: str, job: Job) -> dict[str, Any]:
-    """Build an arm, take its steps, and tell what they took."""
-    build, settings = ARMS[name]
-    job.settings = {**settings, **job.settings}
-    if job.settings.get("compile") == "on GPU":
-        job.settings["compile"] = "never" if job.device == "cpu" else "always"
-    torch.set_num_threads(job.threads)
-    if job.device == "cpu":
-        kept = job.settings.get("keep_freed", True) and keep_freed_memory()
-    else:
-        kept = None
-        torch.set_float32_matmul_precision("high")
-    micro_batch, trials = best_micro_batch(build, job)
-    job.micro_batch = micro_batch
-    if job.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    loop, clock = build(job), Clock(job.device)
-    first = first_step(loop, job.device)
-    with collection_paused():
-        for number in range(1, job.warm_up):
-            loop.step(number)
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        clock.mark()
-        for number in range(job.warm_up, job.warm_up + job.timed):
-            loop.step(number)
-            clock.mark()
-    ms = clock.milliseconds()
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if job.device != "cpu":
-        peak = torch.cuda.max_memory_allocated()
-    reached = job.warm_up + job.timed
-    events = None
-    if job.after:
-        more = range(reached, reached + job.after)
-        reached += job.after
+class Arm:
+    """An arm that is built and compiled, and has taken its first step."""
 
-        def rest() -> None:
-            for number in more:
-                loop.step(number)
-
+    def __init__(self, name: str, job: Job) -> None:
+        build, settings = ARMS[name]
+        self.job, self.lock, self.done = job, Lock(job.device), 1
+        job.settings = {**settings, **job.settings}
+        if job.settings.get("compile") == "on GPU":
+            job.settings["compile"] = "never" if job.device == "cpu" else "always"
+        torch.set_num_threads(job.threads)
+        self.kept = None
         if job.device == "cpu":
-            rest()
+            self.kept = job.settings.get("keep_freed", True) and keep_freed_memory()
         else:
-            events = dataclasses.asdict(
-                count_events(rest, torch.device(job.device))
-            )
-    losses = loop.losses()
-    firsts = [first, *(t["first_step_seconds"] for t in trials if t["ms"])]
-    return {
-        "status": "measured",
-        "settings": job.settings,
-        "micro_batch": micro_batch,
-        "micro_batch_trials": trials,
-        "ms": ms,
-        "losses": {str(n): losses[n - 1] for n in (1, 10, 50) if n <= reached},
-        "compile_seconds": max(0.0, max(firsts) - statistics.median(ms) / 1000),
-        "peak_bytes": peak,
-        "freed_memory_kept": kept,
-        "faults_per_step": faults / job.timed if job.device == "cpu" else None,
-        "events": events,
-        "events_steps": job.after if events else None,
-    }
+            torch.set_float32_matmul_precision("high")
+        self.trials: list[dict[str, Any]] = []
+        if len(candidates(job)) > 1:
+            self.lock.take()  # their times decide
+            job.micro_batch, self.trials = best_micro_batch(build, job)
+        else:
+            (job.micro_batch,) = candidates(job)
+        if whole := compile_backward_early():
+            job.ready_to_run = self.lock.take
+        self.loop = build(job)
+        if whole and job.settings.get("compile", "never") == "never":
+            self.lock.take()
+        self.first = first_step(self.loop, job.device)
+        self.lock.give_back()
+
+    def take(self, steps: int, marks: Clock | None = None) -> None:
+        """So many steps; after the last one that was prepared come the first again."""
+        for _ in range(steps):
+            self.loop.step(self.done % len(self.job.rates))
+            self.done += 1
+            if marks:
+                marks.mark()
+
+    def turn(self) -> dict[str, Any]:
+        """Warm up, be timed; and in the first turn, count what is copied."""
+        job, clock, first = self.job, Clock(self.job.device), self.done == 1
+        self.lock.take()
+        if job.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        with collection_paused():
+            again = 0 if job.device == "cpu" else 1  # memory, given back above
+            self.take(max(again, job.warm_up - 1) if first else 1)
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            clock.mark()
+            self.take(job.timed, clock)
+        ms = clock.milliseconds()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if job.device != "cpu":
+            peak = torch.cuda.max_memory_allocated()
+        seen: dict[str, Any] = {"events": None, "events_steps": None}
+        if first and job.after and job.device == "cpu":
+            self.take(job.after)
+        elif first and job.after:
+            seen = self.look_inside()
+        losses = self.loop.losses()
+        firsts = [t["first_step_seconds"] for t in self.trials if t["ms"]]
+        compiling = max(self.first, *firsts, 0.0) - statistics.median(ms) / 1000
+        self.lock.give_back()
+        return {
+            "status": "measured",
+            "settings": job.settings,
+            "micro_batch": job.micro_batch,
+            "micro_batch_trials": self.trials,
+            "ms": ms,
+            "losses": {
+                str(n): losses[n - 1] for n in (1, 10, 50) if n <= self.done
+            },
+            "compile_seconds": max(0.0, compiling),
+            "peak_bytes": peak,
+            "freed_memory_kept": self.kept,
+            "faults_per_step": faults / job.timed if job.device == "cpu" else None,
+            **seen,
+        }
+
+    def look_inside(self) -> dict[str, Any]:
+        """Copies, waits, and where the time goes, in the steps after the timed ones.
+
+        The times are the profiler's, which slows what it watches.
+        """
+        device, number = torch.device(self.job.device), self.job.after
+        records = collect(lambda: self.take(number), device)
+        kernels: dict[str, list[float]] = {}
+        for one in (one for one in records if one.kind in GPU):
+            sums = kernels.setdefault(one.name[:80], [0.0, 0])
+            sums[0], sums[1] = sums[0] + one.duration / 1000, sums[1] + 1
+        longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:25]
+        return {
+            "events": dataclasses.asdict(sort_events(records)),
+            "events_steps": number,
+            "profile": dataclasses.asdict(sort_parts(records)),
+            "kernels": {name: sums for name, sums in longest},  # ms, how many
+        }
+
+
+class Limits:
+    """What the machine gives at most, in the place of an arm."""
+
+    def __init__(self, name: str, job: Job) -> None:
+        self.job, self.lock = job, Lock(job.device)
+
+    def turn(self) -> dict[str, Any]:
+        """Measure them."""
+        self.lock.take()
+        found = ceilings(self.job)
+        self.lock.give_back()
+        return found
 
 
 def ceilings(job: Job) -> dict[str, Any]:
@@ -220,14 +309,16 @@ def ceilings(job: Job) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the arm that the command line names."""
+    """Prepare the arm that the command line names; a turn for every line read."""
     name, path = sys.argv[1:]
     job = Job(**json.loads(Path(path).read_text(encoding="utf-8")))
     try:
-        found = ceilings(job) if name == "ceilings" else measure(name, job)
+        arm = (Limits if name == "ceilings" else Arm)(name, job)
+        print(json.dumps({"status": "ready"}), flush=True)
+        for _ in sys.stdin:
+            print(json.dumps(arm.turn()), flush=True)
     except Unavailable as error:
-        found = {"status": str(error)}
-    print(json.dumps(found))
+        print(json.dumps({"status": str(error)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmark of training, rehearsed: what it measures, compares and admits."""
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -252,9 +253,9 @@ def test_a_failing_arm_is_told_and_the_others_run(
 
 def test_an_arm_that_hangs_is_ended(tmp_path: Path) -> None:
     one = job(folder=str(tmp_path))
-    assert training.run_arm("ours", one, 0.2)["status"].startswith(
-        "failed: not done"
-    )
+    with closing(training.Worker("ours", "ours", one, 0.2)) as worker:
+        told = worker.turn()
+    assert told["status"].startswith("failed: not done")
 
 
 def test_unknown_arms_are_named() -> None:
