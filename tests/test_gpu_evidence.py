@@ -422,7 +422,8 @@ def test_the_profilers_own_list_is_read_by_time_and_kind(
 
 def test_the_machine_is_told_with_a_digest_of_the_program():
     found = machine.about(CPU)
-    assert found["versions"]["torch"] == torch.__version__
+    plain = torch.__version__.split("+")[0]  # a build's own mark may be missing
+    assert found["versions"]["torch"].split("+")[0] == plain
     assert found["rehearsal"] and found["source"] == machine.source_digest()
 
 
