@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import yaml
 
-from albor.shapes import PRESETS as PRESETS  # names of a recipe's model, to be
-from albor.shapes import (  # had from here as well
+from albor.shapes import (
+    FULL_TOKENS,
     ConfigError,
     ModelConfig,
     build,
@@ -29,7 +29,6 @@ from albor.shapes import (  # had from here as well
     suggest,
     within,
 )
-from albor.shapes import parameter_shapes as parameter_shapes
 
 __all__ = [
     "DataConfig",
@@ -285,12 +284,13 @@ def fit_micro_batch(
     """Choose (micro-batch, accumulation) to fit; their product stays the recipe's.
 
     The micro-batch is the largest divisor of the product that fits and is not above
-    the recipe's own. Precision "auto" must fit as fp32 and as bf16.
+    the recipe's own, or on a GPU `FULL_TOKENS`. "auto" must fit as fp32 and bf16.
     """
-    kind, need = recipe.training.mixed_precision, 0
+    kind, most, need = recipe.training.mixed_precision, recipe.data.batch_size, 0
     kinds = ("fp32", "bf16") if kind == "auto" else (kind,)
     together = recipe.data.batch_size * recipe.training.gradient_accumulation
-    for micro in range(recipe.data.batch_size, 0, -1):
+    most = max(most, FULL_TOKENS[device] // recipe.data.seq_len)
+    for micro in range(min(most, together), 0, -1):
         sizes = (recipe.model, micro, recipe.data.seq_len)
         how: Any = {"device": device, "recompute": recipe.training.recompute}
         need = max(memory_estimate(*sizes, k, **how)["total"] for k in kinds)

@@ -266,7 +266,7 @@ class Guards:
             self.looks += 1
 
     def inspect(self, step: int, result: StepResult) -> None:
-        """After every step; the first that updates gets a full look."""
+        """After a look's last step; the first that updates gets a full look."""
         with self.at(step):
             check_result(result)
         self.last = step, result

@@ -128,7 +128,7 @@ def compiled_loss(model: Albor, **how: Any) -> Callable[[Tensor, Tensor], Tensor
     """`model.loss` through `torch.compile`, as one graph of fixed shapes.
 
     The first call compiles: seconds for a small model, minutes for a deep one on a
-    CPU. Errors of the compiler come from there.
+    CPU. Errors of the compiler come from there. `how`: more for `torch.compile`.
     """
     model.model.rotations(0, 1)  # the table is made before the trace, not in it
     return torch.compile(model.loss, fullgraph=True, dynamic=False, **how)

@@ -21,6 +21,7 @@ from typing import Any, get_args
 __all__ = [
     "BLOCK_LIMIT",
     "BLOCK_ROWS",
+    "FULL_TOKENS",
     "LOSS_ROWS",
     "PRESETS",
     "REQUIRED",
@@ -212,6 +213,7 @@ def build_model(raw: Any, where: str) -> ModelConfig:
 
 BLOCK_ROWS, BLOCK_LIMIT = 64, 1024  # attention in blocks, on a CPU: rows, longest
 LOSS_ROWS = {"cpu": 2048, "cuda": 8192}  # tokens whose logits exist at one time
+FULL_TOKENS = {"cpu": 0, "cuda": 32_768}  # in a micro-batch: fewer idle the device
 
 
 def memory_estimate(

@@ -2,7 +2,8 @@
 """The training loop: take a batch, take a step, write it down, now and then save.
 
 Notable here:
-- `metrics.jsonl` gets one line per optimizer step, before the next step begins;
+- `metrics.jsonl` gets one line per optimizer step: on a CPU before the next step
+  begins, on a GPU whenever the host looks, about once a second;
 - all that decides a step is a function of its number: a run that was killed and
   resumed ends with the weights of one that was not, bit for bit on a CPU;
 - a step that is not finite ends the run and names step, rows and last good state;

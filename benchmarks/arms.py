@@ -14,15 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from albor.attention import Attention, attend
 from albor.batches import Batches
 from albor.config import ModelConfig, OptimizerConfig
 from albor.hardware import attention_kernel
-from albor.layers import SwiGLU, apply_rope
 from albor.model import Albor
 from albor.optimizer import build_optimizer, parameter_groups
 from albor.resident import GRAPH_TOKENS, Stepper, compiled_loss
@@ -147,15 +144,16 @@ class Usual:
         return [float(loss) for loss in self.seen]
 
 
-def patient(job: Job, mode: str = "default") -> Callable:
+def patient(job: Job, how: str = "always") -> Callable:
     """Inductor, as a backend that asks for the device when all is compiled.
 
-    Forward and backward are compiled before the first kernel runs, so that arms can
-    do it side by side, and one after the other has the device's memory.
+    So arms can compile side by side, and one at a time has the device's memory.
+    `how`: "always", or the name of one of Inductor's modes.
     """
     from torch._inductor.compile_fx import compile_fx
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        mode = "default" if how == "always" else how
         patches = torch._inductor.list_mode_options(mode)
         run = compile_fx(graph, inputs, config_patches=patches)
 
@@ -175,8 +173,7 @@ def compiled(function: Callable, job: Job) -> Callable:
     how = job.settings.get("compile", "never")
     if how == "never":
         return function
-    mode = "default" if how == "always" else how
-    return torch.compile(function, dynamic=False, backend=patient(job, mode))
+    return torch.compile(function, dynamic=False, backend=patient(job, how))
 
 
 def transformers(job: Job) -> Loop:
@@ -224,37 +221,6 @@ def plain(job: Job) -> Loop:
     return Usual(model, compiled(model, job), job, host=True)
 
 
-class NarrowEmbedding(nn.Embedding):
-    def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids).to(torch.bfloat16)
-
-
-class JoinedSwiGLU(SwiGLU):
-    def forward(self, x: Tensor) -> Tensor:
-        both = torch.cat([self.gate_proj.weight, self.up_proj.weight])
-        gate, up = F.linear(x, both).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
-
-
-class JoinedAttention(Attention):
-    def forward(self, x, cos, sin, cache=None):
-        B, T, _ = x.shape
-        three = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
-        parts = F.linear(x, torch.cat(three)).split([len(w) for w in three], dim=-1)
-        q, k, v = (
-            part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in parts
-        )
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        y = attend(q, k, v, 0)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-
-
-def join(model: Albor) -> None:
-    for block in model.model.layers:
-        block.mlp.__class__ = JoinedSwiGLU
-        block.self_attn.__class__ = JoinedAttention
-
-
 class Ours:
     """Albor's step as `albor.train` takes it: queued, and read now and then.
 
@@ -269,10 +235,6 @@ class Ours:
             self.model = Albor(ModelConfig(**job.model))
         self.model.load_state_dict(weights(job), assign=True)
         self.model.train().to(device)
-        if job.settings.get("joined"):
-            join(self.model)
-        if job.settings.get("narrow"):
-            self.model.model.embed_tokens.__class__ = NarrowEmbedding
         self.model.model.recompute = job.settings.get("recompute", False)
         self.optimizer = optimizer_for(self.model, job)
         stream = np.load(Path(job.folder) / "stream.npy")
@@ -281,7 +243,7 @@ class Ours:
         )
         how: dict[str, Any] = {
             "grad_clip": job.grad_clip,
-            "micro_batch": job.settings.get("micro_batch", job.micro_batch),
+            "micro_batch": job.micro_batch,
             "precision": job.precision,
         }
         if job.settings["compile"] == "always":
@@ -333,6 +295,4 @@ ABLATIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "attention: cudnn": (("cuda",), {"attention": "cudnn"}),
     "attention: efficient": (("cuda",), {"attention": "efficient"}),
     "activations computed again": (("cuda",), {"recompute": True}),
-    # Tried, and not ours.
-    "joined products, narrow stream": (("cuda",), {"joined": True, "narrow": True}),
 }

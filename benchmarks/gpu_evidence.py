@@ -42,9 +42,10 @@ MINUTES = 9.0  # of a stage, at most: bare nodes are often lent for ten at a tim
 LARGEST, ALL, FILES = 16 * 2**20, 64 * 2**20, 8  # of what comes back
 PROBLEMS = ("evals/python-intermediate.jsonl", "evals/infilling.jsonl")
 BENCHES = (  # the most telling first; one that is there already is not run again
-    "--preset 350m-large --rounds 2 --warm-up 2 --timed 3 --after 1 --micro-batch 32"
+    "--preset 350m-large --rounds 2 --warm-up 2 --timed 2 --after 1 --inside ours"
+    " --micro-batch 32 --micro-batch-of transformers-eager=16"
     " --order ours transformers-compiled transformers-eager plain",
-    "--preset 350m --rounds 3",
+    "--preset 350m --rounds 2 --warm-up 10 --timed 38 --after 2 --micro-batch 4",
     "--preset 350m-medium --ablate --rounds 2 --warm-up 2 --timed 5 --after 0"
     " --micro-batch 32",
 )
@@ -230,7 +231,7 @@ def bench(place: Place, record: Found) -> None:
 
 
 def limited(place: Place, name: str) -> Path:
-    """A recipe on as much text as the timed run: the whole node's takes too long."""
+    """A recipe on as much text as the timed run: all there is takes too long."""
     text = (ROOT / f"configs/train/{name}.yaml").read_text(encoding="utf-8")
     limit = load_recipe("pretrain-350m-timed").data
     lines = f"  max_bytes: {limit.max_bytes}\n  val_bytes: {limit.val_bytes}\n"

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 
 from albor.ceilings import ceilings as measured_ceilings
-from albor.config import ModelConfig, parameter_shapes
+from albor.config import ModelConfig
 from albor.hardware import free_memory, keep_freed_memory
 from albor.profiling import GPU, collect, sort_events, sort_parts
 from albor.resident import collection_paused
-from albor.shapes import memory_estimate
+from albor.shapes import memory_estimate, parameter_shapes
 from benchmarks.arms import ARMS, Job, Loop, Unavailable
 
 
@@ -75,7 +75,7 @@ class Lock:
                 Path(tempfile.gettempdir())
                 / f"albor-{device.replace(':', '-')}.lock"
             )
-            self.file = open(path, "w")
+            self.file = path.open("w")
 
     def take(self) -> None:
         """Wait for it; again, it is ours already."""
@@ -195,7 +195,7 @@ class Arm:
         self.lock.give_back()
 
     def take(self, steps: int, marks: Clock | None = None) -> None:
-        """So many steps; after the last one that was prepared come the first again."""
+        """So many steps; after the last of those that are prepared, the first."""
         for _ in range(steps):
             self.loop.step(self.done % len(self.job.rates))
             self.done += 1
@@ -245,7 +245,7 @@ class Arm:
         }
 
     def look_inside(self) -> dict[str, Any]:
-        """Copies, waits, and where the time goes, in the steps after the timed ones.
+        """Copies, waits, and where time goes, in the steps after the timed ones.
 
         The times are the profiler's, which slows what it watches.
         """

@@ -6,26 +6,17 @@
 
 Every arm is a process of its own that starts from the same weights and reads the
 same tokens. The arms take turns, round after round, so that a busy machine slows
-them all; a ratio is taken within a round. The result lands in
-`benchmarks/results/training-PRESET-DEVICE.json`, with `-ablation` behind it for the
-second kind.
+them all; a ratio is taken within a round. For a GPU they compile side by side. The
+result lands in `benchmarks/results/training-PRESET-DEVICE.json`, with `-ablation`
+behind it for the second kind.
 """
 
 import argparse
 import dataclasses
-import json
-import os
 import platform
-import random
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,7 +38,8 @@ from albor.shards import TokenStream
 from albor.tokenizer import Tokenizer, TokenizerError
 from albor.train import scheduled_rate
 from benchmarks.arms import ABLATIONS, ARMS, REFERENCE, Job
-from benchmarks.machine import commit, processor
+from benchmarks.machine import commit, processor, source_digest
+from benchmarks.rounds import run_rounds
 
 # A recipe each, and the steps of an arm: (warm-up, timed, afterwards) on a CPU and
 # on a GPU. Those afterwards reach step 50, and on a GPU their copies are counted.
@@ -146,172 +138,6 @@ def make_job(given: argparse.Namespace, folder: Path) -> Job:
         timed=steps[1],
         after=steps[2],
     )
-
-
-# ---- The rounds ----
-
-
-class Worker:
-    """An arm in a process of its own; what goes wrong there is its result."""
-
-    def __init__(self, name: str, kind: str, job: Job, timeout: float) -> None:
-        folder, root = Path(job.folder), project_path(".")
-        slug = re.sub(r"\W+", "-", name)
-        path = folder / f"{slug}.json"
-        path.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(job.threads),
-            "PYTHONPATH": os.pathsep.join(
-                [str(root), os.environ.get("PYTHONPATH", "")]
-            ),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled" / slug),  # cold
-            "TORCHINDUCTOR_COMPILE_THREADS": "4",  # others compile beside it
-            "HF_HUB_OFFLINE": "1",
-        }
-        self.said = open(folder / f"{slug}.err", "w+", encoding="utf-8")
-        self.timeout = timeout
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.measure", kind, str(path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.said,
-            text=True,
-            cwd=root,
-            env=environment,
-        )
-        self.status = ""  # what it said when it was ready, or could not be
-
-    def listen(self) -> dict[str, Any]:
-        """The next line that it prints, or why there is none."""
-        assert self.process.stdout
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            self.process.kill()
-
-        timer = threading.Timer(self.timeout, end)
-        timer.start()
-        try:
-            line = self.process.stdout.readline()
-        finally:
-            timer.cancel()
-        if line:
-            return json.loads(line)
-        code = self.process.wait()
-        if late.is_set():
-            return {"status": f"failed: not done after {self.timeout:g} s"}
-        self.said.seek(0)
-        lines = self.said.read().strip().splitlines()
-        named = [x for x in lines if re.match(r"[\w.]+(Error|Unsupported)\b", x)]
-        last = [f"ended with {code}, without a word", *lines[-1:], *named]
-        return {"status": f"failed: {last[-1]}"}
-
-    def prepare(self) -> None:
-        """Wait until it is built and compiled."""
-        self.status = self.status or self.listen()["status"]
-
-    def turn(self) -> dict[str, Any]:
-        """Let it measure; everybody else waits."""
-        self.prepare()
-        if self.status != "ready":
-            return {"status": self.status}
-        assert self.process.stdin
-        try:
-            self.process.stdin.write("turn\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it will be told what happened
-        return self.listen()
-
-    def close(self) -> None:
-        """End it, and wait for its end."""
-        self.process.kill()
-        self.process.communicate()
-        self.said.close()
-
-
-def run_rounds(
-    arms: dict[str, tuple[str, dict[str, Any]]],
-    job: Job,
-    rounds: int,
-    shuffle: int | None = None,
-    timeout: float = 3600.0,
-    together: bool = False,
-    inside: Sequence[str] = (),
-    sizes: dict[str, int] | None = None,
-    keep: Path | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """All arms, `rounds` times. `arms`: name -> (arm to run, its settings).
-
-    `together`: they are prepared side by side and then take turns, for a machine
-    with many cores and a GPU. Else an arm is a new process in every round. `inside`:
-    those with steps after the timed ones; none means all. `sizes`: micro-batches that
-    are known. `keep`: a file for what there is after every turn. Returns the rounds,
-    and the ceilings before and after them.
-    """
-    draw, sizes = random.Random(shuffle), dict(sizes or {})
-    found: list[dict[str, Any]] = []
-
-    def start(name: str) -> Worker:
-        kind, settings = arms[name]
-        told = dataclasses.replace(
-            job,
-            settings=settings,
-            after=job.after if not found and name in (inside or arms) else 0,
-            micro_batch=sizes.get(name, job.micro_batch),  # looked for once
-        )
-        return Worker(name, kind, told, timeout)
-
-    with ExitStack() as stack:
-        began = time.monotonic()
-        limit = stack.enter_context(
-            closing(Worker("ceilings", "ceilings", job, timeout))
-        )
-        limits = {"start": limit.turn()}
-        ready = {
-            name: stack.enter_context(closing(start(name)))
-            for name in arms
-            if together
-        }
-        for worker in ready.values():
-            worker.prepare()
-        if together:
-            spent = time.monotonic() - began
-            print(f"{len(ready)} arms are prepared  ({spent:.0f} s)", flush=True)
-        for number in range(rounds):
-            order = list(arms)
-            if shuffle is not None:
-                draw.shuffle(order)
-            load = round(os.getloadavg()[0], 1)
-            results: dict[str, dict[str, Any]] = {}
-            for name in order:
-                earlier = (
-                    found[0]["arms"][name] if found else {"status": "measured"}
-                )
-                if earlier["status"] != "measured":
-                    continue  # it will not run in this round either
-                began = time.monotonic()
-                if together:
-                    one = ready[name].turn()
-                else:
-                    with closing(start(name)) as worker:
-                        one = worker.turn()
-                results[name] = one
-                if keep:
-                    write_json(keep, [*found, {"order": order, "arms": results}])
-                said = one["status"]
-                if said == "measured":
-                    sizes[name] = one["micro_batch"]
-                    said = f"{statistics.median(one['ms']):,.1f} ms a step"
-                spent = time.monotonic() - began
-                print(
-                    f"round {number + 1}  {name:<24} {said}  ({spent:.0f} s)",
-                    flush=True,
-                )
-            found.append({"order": order, "load": load, "arms": results})
-        limits["end"] = limit.turn()
-    return found, limits
 
 
 # ---- The summary ----
@@ -427,6 +253,7 @@ def about(job: Job) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit() or "",
+        "source": source_digest(),
     }
 
 
@@ -450,6 +277,14 @@ def choose_arms(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise SystemExit(f"--order: no {sorted(unknown)}; there are {list(known)}")
     arms = {name: known[name] for name in names}
     return arms, "ours" if given.ablate else REFERENCE
+
+
+def own_micro_batches(given: Sequence[str]) -> dict[str, int]:
+    """From ARM=N to what it says."""
+    pairs = [one.rpartition("=") for one in given]
+    if bad := [f"{name}={size}" for name, _, size in pairs if not size.isdecimal()]:
+        raise SystemExit(f"--micro-batch-of: {bad}: say ARM=N, with a whole number")
+    return {name: int(size) for name, _, size in pairs}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -504,19 +339,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, summarize, write."""
     given = parse(arguments)
     arms, reference = choose_arms(given)
+    sizes = own_micro_batches(given.micro_batch_of)
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(given, Path(folder))
-        sizes = dict(one.split("=") for one in given.micro_batch_of)
         rounds, limits = run_rounds(
             arms,
             job,
             given.rounds,
-            given.shuffle,
-            given.timeout,
-            given.together or job.device != "cpu",
-            given.inside,
-            {arm: int(size) for arm, size in sizes.items()},
-            given.out and given.out.with_suffix(".part"),
+            shuffle=given.shuffle,
+            timeout=given.timeout,
+            together=given.together or job.device != "cpu",
+            inside=given.inside,
+            sizes=sizes,
+            keep=given.out and given.out.with_suffix(".part"),
         )
     device, kind = (
         torch.device(job.device).type,
@@ -567,7 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"benchmarks/results/training-{given.preset}-{device}{kind}.json"
     )
     write_json(path, result)
-    path.with_suffix(".part").unlink(missing_ok=True)
+    path.with_suffix(".part").unlink(missing_ok=True)  # all of it is in there
     print(f"wrote {path.name}; losses differ by at most {losses['worst']} nats")
     if result["errors"]:
         raise SystemExit("\n".join(["this run has errors:", *result["errors"]]))

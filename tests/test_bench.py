@@ -1,6 +1,9 @@
 """The benchmark of training, rehearsed: what it measures, compares and admits."""
 
 import dataclasses
+import fcntl
+import importlib
+import math
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from albor.artifacts import read_json
 from albor.ceilings import flops_per_token
 from albor.config import ModelConfig
 from albor.model import Albor
-from benchmarks import measure, training
+from benchmarks import measure, rounds, training
 from benchmarks.arms import ABLATIONS, ARMS, REFERENCE, Job
 from benchmarks.plain import Plain
 
@@ -93,7 +96,7 @@ def arm(ms: list[float], loss: float = 3.0) -> dict[str, Any]:
     }
 
 
-def rounds(*times: dict[str, list[float]]) -> list[dict[str, Any]]:
+def in_rounds(*times: dict[str, list[float]]) -> list[dict[str, Any]]:
     return [
         {
             "order": list(one),
@@ -106,7 +109,7 @@ def rounds(*times: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 def test_ratios_are_taken_within_a_round() -> None:
     # The second round met a busy machine: everything took ten times as long.
-    found = rounds(
+    found = in_rounds(
         {"ours": [9.0, 10.0, 50.0], REFERENCE: [20.0, 20.0, 20.0]},
         {"ours": [100.0], REFERENCE: [300.0]},
         {"ours": [10.0], REFERENCE: [25.0]},
@@ -122,7 +125,7 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 def test_an_arm_that_fails_later_has_no_figures() -> None:
-    found = rounds({"ours": [1.0], REFERENCE: [1.0]}, {"ours": [1.0]})
+    found = in_rounds({"ours": [1.0], REFERENCE: [1.0]}, {"ours": [1.0]})
     found[1]["arms"][REFERENCE] = {"status": "failed: killed"}
     table = training.summarize(found, 1, REFERENCE, {}, {})
     assert table[REFERENCE] == {"status": "failed: killed"}
@@ -131,7 +134,7 @@ def test_an_arm_that_fails_later_has_no_figures() -> None:
 
 @pytest.mark.parametrize("loss", [3.011, 2.989, float("nan"), float("inf")])
 def test_another_loss_is_an_error(loss: float) -> None:
-    found = rounds({REFERENCE: [1.0], "ours": [1.0]})
+    found = in_rounds({REFERENCE: [1.0], "ours": [1.0]})
     assert training.compare_losses(found, REFERENCE)["errors"] == []
     found[0]["arms"]["ours"] = arm([1.0], loss)
     (error,) = training.compare_losses(found, REFERENCE)["errors"]
@@ -198,6 +201,7 @@ def test_rehearsal_in_another_order(tmp_path: Path) -> None:
         "python",
         "date",
         "commit",
+        "source",
     }
     assert found["claims"].startswith("ratios alone")
     assert set(found["ceilings"]) == {"start", "end"}
@@ -238,6 +242,88 @@ def test_rehearsal_of_the_ablations(tmp_path: Path) -> None:
     assert all(row["status"] == "measured" for row in found["arms"].values())
 
 
+@pytest.mark.slow
+def test_arms_side_by_side(tmp_path: Path) -> None:
+    order = ["plain", "ours", "liger"]
+    told = ["--together", "--inside", "plain", "--micro-batch-of", "plain=2"]
+    found = rehearse(
+        tmp_path, "--rounds", "2", "--after", "8", *told, "--order", *order
+    )
+    assert found["errors"] == [] and not list(tmp_path.glob("*.part"))
+    first, second = (one["arms"] for one in found["rounds"])
+    assert found["rounds"][0]["order"] == order
+    assert {*first} == {*order} and {*second} == {*order[:2]}
+    assert len(first["ours"]["ms"]) == len(second["ours"]["ms"]) == 2
+    # Asked for steps afterwards was the plain arm alone, and in its first turn.
+    assert first["plain"]["losses"].keys() == {"1", "10"}
+    assert first["ours"]["losses"].keys() == {"1"}
+    assert first["plain"]["micro_batch"] == 2
+    assert first["ours"]["micro_batch"] == found["job"]["sequences"]
+    assert set(found["ceilings"]) == {"start", "end"}
+
+
+def test_a_micro_batch_of_one_arm() -> None:
+    found = training.own_micro_batches(["plain=4", "transformers-eager=16"])
+    assert found == {"plain": 4, "transformers-eager": 16}
+    for bad in ("plain", "plain=", "plain=four"):
+        with pytest.raises(SystemExit, match=r"--micro-batch-of.*say ARM=N"):
+            training.own_micro_batches([bad])
+
+
+# ---- One device, many processes ----
+
+
+def test_the_lock_lets_one_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(measure.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("waited"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("freed"))
+    mine, other = measure.Lock("cuda:0"), measure.Lock("cuda:0")
+    mine.take()
+    mine.take()  # again is no wait
+    at_once = fcntl.LOCK_EX | fcntl.LOCK_NB
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other.file, at_once)
+    fcntl.flock(measure.Lock("cuda:1").file, at_once)  # another device
+    mine.give_back()
+    assert done == ["waited", "freed"], "what the next one needs is there"
+    other.take()
+    assert measure.Lock("cpu").file is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ours", "transformers-compiled"])
+def test_the_device_is_asked_for_when_all_is_compiled(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, where nothing is locked: when would it be, and how often?"""
+    compile_fx = importlib.import_module("torch._inductor.compile_fx")
+    said: list[str] = []
+    compile_inner = compile_fx._compile_fx_inner
+
+    def compiling(*args: Any, **kwargs: Any) -> Any:
+        said.append("compiled")
+        return compile_inner(*args, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "_compile_fx_inner", compiling)
+    monkeypatch.setattr(measure.Lock, "take", lambda self: said.append("taken"))
+    monkeypatch.setattr(measure.Lock, "give_back", lambda self: said.append("free"))
+    told = ["--preset", "tiny", "--random", "--device", "cpu", "--threads", "1"]
+    given = training.parse([*told, "--warm-up", "2", "--timed", "1"])
+    made = training.make_job(given, tmp_path)
+    made.settings = {"compile": "always"}
+    early = {"force_non_lazy_backward_lowering": False}  # a setting of the process
+    cold = torch._inductor.config.patch(force_disable_caches=True)
+    with torch._functorch.config.patch(early), cold:
+        arm = measure.Arm(name, made)
+        assert said == ["compiled", "compiled", "taken", "free"]  # backward as well
+        found = arm.turn()
+    assert said == ["compiled", "compiled", "taken", "free", "taken", "free"]
+    assert found["losses"]["1"] == pytest.approx(math.log(1024), abs=0.1)
+
+
 def test_a_failing_arm_is_told_and_the_others_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +339,7 @@ def test_a_failing_arm_is_told_and_the_others_run(
 
 def test_an_arm_that_hangs_is_ended(tmp_path: Path) -> None:
     one = job(folder=str(tmp_path))
-    with closing(training.Worker("ours", "ours", one, 0.2)) as worker:
+    with closing(rounds.Worker("ours", "ours", one, 0.2)) as worker:
         told = worker.turn()
     assert told["status"].startswith("failed: not done")
 

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -14,7 +15,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from albor.config import (
-    PRESETS,
     ConfigError,
     DataConfig,
     ModelConfig,
@@ -29,6 +29,7 @@ from albor.config import (
     sequences,
     steps_per_epoch,
 )
+from albor.shapes import FULL_TOKENS, PRESETS
 
 TRAIN = project_path("configs/train")
 ALBOR = project_path("albor")
@@ -490,6 +491,24 @@ def test_the_largest_micro_batch_that_fits(batch, accumulation, room, precision)
     else:
         with pytest.raises(ConfigError, match=f"available_bytes = {room:,}"):
             fit_micro_batch(made, room)
+
+
+@given(
+    batch=st.integers(1, 12),
+    accumulation=st.integers(1, 12),
+    full=st.integers(0, 40),
+    seq_len=st.integers(1, 8),
+)
+def test_on_a_gpu_a_micro_batch_may_fill_it(batch, accumulation, full, seq_len):
+    plan = recipe(gradient_accumulation=accumulation)
+    data = dataclasses.replace(plan.data, batch_size=batch, seq_len=seq_len)
+    made, together = dataclasses.replace(plan, data=data), batch * accumulation
+    with mock.patch.dict(FULL_TOKENS, cuda=full):
+        micro, times = fit_micro_batch(made, 10**15, "cuda")
+    most = max(batch, full // seq_len)
+    assert micro == max(m for m in range(1, most + 1) if together % m == 0)
+    assert micro * times == together, "the step stays the recipe's"
+    assert fit_micro_batch(made, 10**15)[0] == batch, "a CPU keeps to the recipe"
 
 
 def test_memory_that_just_suffices_suffices():
