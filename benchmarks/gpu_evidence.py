@@ -296,14 +296,15 @@ def seconds_of_steps(lines: list[Found]) -> list[float]:
 # ---- The timed run ----
 
 
-def timed_recipe(place: Place, steps: int, warmup: int, turns: int = 4) -> Path:
+def timed_recipe(place: Place, steps: int, warmup: int, turns: int = 0) -> Path:
     """The recipe with that schedule, in the work folder; comments and all.
 
     Of a run's states the clock decides; its held-out text is judged eight times.
-    `turns`: micro-batches in a step.
+    `turns`: micro-batches in a step; 0 leaves the recipe's.
     """
     changes = {"max_steps": steps, "warmup_steps": warmup, "save_interval": 0}
-    changes |= {"eval_interval": steps // 8, "gradient_accumulation": turns}
+    changes |= {"eval_interval": steps // 8}
+    changes |= {"gradient_accumulation": turns} if turns else {}
     name = "pretrain-tiny" if place.rehearse else "pretrain-350m-timed"
     text = (ROOT / f"configs/train/{name}.yaml").read_text(encoding="utf-8")
     for key, value in changes.items():
@@ -324,6 +325,26 @@ def schedule(seconds: float, per_step: float) -> tuple[int, int]:
             "--minutes, or call again"
         )
     return steps, max(1, steps // 10)
+
+
+def lay_plan(seconds: float, per_step: float, tokens: int, turns: int) -> Found:
+    """A schedule of steps that take so long, of so many tokens in so many turns.
+
+    Where few of them fit, a step is halved, down to one micro-batch: a short run
+    learns more from many small steps.
+    """
+    while schedule(seconds, per_step)[0] < STEPS and turns > 1:
+        turns, tokens, per_step = turns // 2, tokens // 2, per_step / 2
+    steps, warmup = schedule(seconds, per_step)
+    return {
+        "steps": steps,
+        "warmup_steps": warmup,
+        "gradient_accumulation": turns,
+        "tokens_per_step": tokens,
+        "tokens": steps * tokens,
+        "seconds_per_step": per_step,
+        "seconds_of_steps": seconds,
+    }
 
 
 def seconds_in(notebook: Path, stages: tuple[str, ...]) -> float:
@@ -363,20 +384,9 @@ def make_plan(place: Place) -> Found:
     beside = max(0.0, done["seconds"] - few * per_step - once)
     evaluating = 5.0 if place.rehearse else 90.0
     seconds = place.train_minutes * 60 or place.left - beside - evaluating
-    tokens, turns = lines[0]["tokens"], 4
-    steps, warmup = schedule(seconds, per_step)
-    while steps < STEPS and turns > 1:  # a short run learns more from smaller steps
-        turns, tokens, per_step = turns // 2, tokens // 2, per_step / 2
-        steps, warmup = schedule(seconds, per_step)
-    return {
-        "steps": steps,
-        "warmup_steps": warmup,
-        "gradient_accumulation": turns,
-        "tokens_per_step": tokens,
-        "tokens": steps * tokens,
-        "seconds_per_step": per_step,
+    turns = load_recipe(recipe).training.gradient_accumulation
+    return lay_plan(seconds, per_step, lines[0]["tokens"], turns) | {
         "seconds_beside_steps": beside,
-        "seconds_of_steps": seconds,
         "measured_in": done["seconds"],
     }
 

@@ -1,5 +1,6 @@
 """`make gpu-evidence` rehearsed on a CPU: stages end, files say what they are."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -22,6 +23,8 @@ from benchmarks.gpu_evidence import (
     StageError,
     family,
     keep_limits,
+    lay_plan,
+    limited,
     main,
     need,
     parse,
@@ -225,6 +228,31 @@ def test_the_table_of_an_executed_notebook_is_read(tmp_path: Path):
     assert seconds_in(tmp_path / "a.ipynb", ("tokenizer", "tokens")) == 21.5
 
 
+@pytest.mark.parametrize(
+    ("seconds", "turns", "steps"), [(1000, 4, 950), (400, 2, 760), (200, 1, 760)]
+)
+def test_a_short_run_takes_smaller_steps(seconds, turns, steps):
+    plan = lay_plan(seconds, 1.0, 8192, 4)
+    assert plan["gradient_accumulation"] == turns
+    assert plan["steps"] == steps and plan["warmup_steps"] == steps // 10
+    assert plan["tokens_per_step"] == 8192 * turns // 4
+    assert plan["tokens"] == plan["steps"] * plan["tokens_per_step"]
+    assert plan["steps"] * plan["seconds_per_step"] <= plan["seconds_of_steps"]
+
+
+def test_a_trial_reads_as_much_text_as_the_timed_run(tmp_path: Path):
+    place = Place(tmp_path, tmp_path, rehearse=False, minutes=1)
+    made = load_recipe(limited(place, "pretrain-350m-cuda-test"))
+    whole = load_recipe("pretrain-350m-cuda-test")
+    text = load_recipe("pretrain-350m-timed").data
+    assert made.data.max_bytes == text.max_bytes > 0
+    assert made.data.val_bytes == text.val_bytes
+    same = dataclasses.replace(
+        made.data, max_bytes=whole.data.max_bytes, val_bytes=whole.data.val_bytes
+    )
+    assert dataclasses.replace(made, data=same) == whole
+
+
 @pytest.mark.parametrize("rehearse", [True, False])
 def test_the_recipe_gets_a_schedule_and_stays_as_it_is(
     place: Place, rehearse: bool
@@ -235,6 +263,8 @@ def test_the_recipe_gets_a_schedule_and_stays_as_it_is(
     assert recipe == before.with_training(
         max_steps=57, warmup_steps=5, save_interval=0, eval_interval=7
     )
+    turns = load_recipe(timed_recipe(place, 57, 5, 1)).training
+    assert turns.gradient_accumulation == 1 < recipe.training.gradient_accumulation
     if not rehearse:
         data, plan = recipe.data, recipe.training
         sequences = data.batch_size * plan.gradient_accumulation
@@ -274,15 +304,18 @@ class Notebooks:
 def test_a_run_is_planned_once_stopped_resumed_and_evaluated(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ):
-    notebooks = Notebooks(place, [30, 99])
+    notebooks = Notebooks(place, [30, 999])
     monkeypatch.setattr(gpu_evidence, "papermill", notebooks)
     first = run_stage("run", place)
     plan = first["plan"]
-    assert first["finished"] and plan["seconds_per_step"] == 0.5
+    assert first["finished"]
+    # Measured: 0.5 s for two micro-batches. So few fit that a step takes one.
+    assert plan["gradient_accumulation"] == 1 and plan["seconds_per_step"] == 0.25
+    assert plan["tokens_per_step"] == 256
     assert plan["seconds_beside_steps"] == 13.0 - 6 * 0.5
     seconds = plan["seconds_of_steps"]
     assert 40 < seconds < 60 - 10 - 5 + 0.1
-    assert plan["steps"] == int(0.95 * seconds / 0.5)
+    assert plan["steps"] == int(0.95 * seconds / 0.25)
     assert first["note"] == f"30 of {plan['steps']} steps; call again to go on"
     assert "evaluation" not in first and len(first["metrics"]) == 30
     assert not (place.work / "measure").exists()
