@@ -32,8 +32,9 @@ from albor.ceilings import flops_per_token
 from albor.config import ModelConfig, Recipe, load_recipe, project_path
 from albor.corpus import build_corpus
 from albor.data import prepare
-from albor.hardware import pick_device, pick_precision
+from albor.hardware import free_memory, pick_device, pick_precision
 from albor.model import Albor
+from albor.shapes import count_parameters
 from albor.shards import TokenStream
 from albor.tokenizer import Tokenizer, TokenizerError
 from albor.train import scheduled_rate
@@ -260,6 +261,18 @@ def about(job: Job) -> dict[str, Any]:
 # ---- The command ----
 
 
+def room_for_all(job: Job, arms: int) -> bool:
+    """Whether a GPU holds so many arms at once, in half of its free memory.
+
+    When it is not its turn an arm keeps weights, gradients and moments, 16 bytes a
+    parameter, and what CUDA takes for a process.
+    """
+    if job.device == "cpu":
+        return False
+    each = 16 * count_parameters(ModelConfig(**job.model)) + 600_000_000
+    return arms * each <= (free_memory(torch.device(job.device)) or 0) // 2
+
+
 def choose_arms(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Name -> (arm, settings), in order; and the arm that ratios are taken to."""
     device = pick_device(given.device).type
@@ -308,7 +321,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--together",
         action="store_true",
-        help="compile arms side by side; on a GPU always",
+        help="compile arms side by side, as on a GPU with room for all",
     )
     add("--micro-batch", type=int, default=0, help="for all arms; 0: search")
     add(
@@ -348,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.rounds,
             shuffle=given.shuffle,
             timeout=given.timeout,
-            together=given.together or job.device != "cpu",
+            together=given.together or room_for_all(job, len(arms)),
             inside=given.inside,
             sizes=sizes,
             keep=given.out and given.out.with_suffix(".part"),

@@ -5,7 +5,7 @@
 Three arms from the same weights, on the same rows, with the card's recipe in bf16:
 Albor's step; `transformers` in a plain loop; and Albor's step with one sequence at
 a time, 4 updates for each step of the others, as the card's trainer worked. It
-takes hours on a small machine. An arm's curve is kept as soon as it ends. Losses
+takes an hour on two cores. An arm's curve is kept as soon as it ends. Losses
 are the results; the times are not, if the machine is shared.
 """
 

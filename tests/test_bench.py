@@ -17,6 +17,7 @@ from albor.artifacts import read_json
 from albor.ceilings import flops_per_token
 from albor.config import ModelConfig
 from albor.model import Albor
+from albor.shapes import count_parameters
 from benchmarks import measure, rounds, training
 from benchmarks.arms import ABLATIONS, ARMS, REFERENCE, Job
 from benchmarks.plain import Plain
@@ -240,6 +241,18 @@ def test_rehearsal_of_the_ablations(tmp_path: Path) -> None:
     assert set(found["arms"]) == {"ours", *here}
     assert found["reference"] == "ours"
     assert all(row["status"] == "measured" for row in found["arms"].values())
+
+
+def test_side_by_side_only_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = 2 * 3 * (16 * count_parameters(CONFIG) + 600_000_000)  # twice 3 arms
+    monkeypatch.setattr(training, "free_memory", lambda device: free)
+    one = job(device="cuda", model=dataclasses.asdict(CONFIG))
+    assert training.room_for_all(one, 3) and not training.room_for_all(one, 4)
+    assert not training.room_for_all(job(model=one.model), 1), "not on a CPU"
+    monkeypatch.setattr(training, "free_memory", lambda device: None)
+    assert not training.room_for_all(one, 1)
 
 
 @pytest.mark.slow
