@@ -45,7 +45,9 @@ BENCHES = (  # the most telling first; one that is there already is not run agai
     "--preset 350m-large --rounds 2 --warm-up 2 --timed 2 --after 1 --inside ours"
     " --micro-batch 32 --micro-batch-of transformers-eager=16"
     " --order ours transformers-compiled transformers-eager plain",
-    "--preset 350m --rounds 2 --warm-up 10 --timed 38 --after 2 --micro-batch 4",
+    "--preset 350m --rounds 2 --warm-up 10 --timed 30 --after 10 --micro-batch 4"
+    " --order ours 'no CUDA graph' transformers-graphs transformers-compiled"
+    " transformers-eager plain",
     "--preset 350m-medium --ablate --rounds 2 --warm-up 2 --timed 5 --after 0"
     " --micro-batch 32",
 )
@@ -214,8 +216,11 @@ def bench(place: Place, record: Found) -> None:
     for arguments in place.benches:
         name = re.sub(r"[^a-z0-9]+", "-", arguments.lower()).strip("-")
         file = place.work / f"bench-{name}.json"
-        told = {"code": 0, "seconds": 0.0, "tail": ["from an earlier call"]}
-        if not file.exists():
+        part = file.with_suffix(".part")  # what one had that was cut off
+        told: Found = {"seconds": 0.0, "tail": ["from an earlier call"]}
+        if file.exists():
+            told["code"] = int(bool(read_json(file)["errors"]))
+        else:
             if place.left < (5 if place.rehearse else 60):
                 results[arguments] = {"not_run": "no time was left"}
                 continue
@@ -225,6 +230,8 @@ def bench(place: Place, record: Found) -> None:
         results[arguments] = told
         if file.exists():
             told["result"] = read_json(file)
+        elif part.exists():
+            told["rounds"] = read_json(part)
         write_json(place.out / "gpu-bench.json", record)
     if bad := [name for name, one in results.items() if one.get("code", 0) != 0]:
         raise StageError(f"not sound or not done: {'; '.join(bad)}")
@@ -236,7 +243,9 @@ def limited(place: Place, name: str) -> Path:
     limit = load_recipe("pretrain-350m-timed").data
     lines = f"  max_bytes: {limit.max_bytes}\n  val_bytes: {limit.val_bytes}\n"
     path = place.work / f"{name}.yaml"
-    path.write_text(text.replace("data:\n", f"data:\n{lines}"), encoding="utf-8")
+    text, count = re.subn(r"(?m)^(data:.*\n)", rf"\g<1>{lines}", text)
+    assert count == 1, name
+    path.write_text(text, encoding="utf-8")
     load_recipe(path)
     return path
 
@@ -245,10 +254,11 @@ def trial(place: Place, record: Found) -> None:
     """The card's trial of 50 steps, as papermill runs it for anybody."""
     folder = place.work / "trial"
     shutil.rmtree(folder, ignore_errors=True)
-    recipe = limited(place, "pretrain-350m-cuda-test")
-    told = {"config": within(recipe), "output_dir": within(folder)}
+    told = {"output_dir": within(folder)}
     told |= {"precision": "fp16", "save_minutes": 0}  # the card's own
-    if place.rehearse:
+    if not place.rehearse:
+        told["config"] = within(limited(place, "pretrain-350m-cuda-test"))
+    else:
         told |= {"config": "pretrain-tiny", "precision": "fp32", "max_steps": 5}
         told |= {"corpus": "json"}
     notebook = place.out / "gpu-trial.ipynb"
@@ -299,7 +309,7 @@ def seconds_of_steps(lines: list[Found]) -> list[float]:
 def timed_recipe(place: Place, steps: int, warmup: int, turns: int = 0) -> Path:
     """The recipe with that schedule, in the work folder; comments and all.
 
-    Of a run's states the clock decides; its held-out text is judged eight times.
+    Of a run's states the clock decides; its held-out text is judged about 8 times.
     `turns`: micro-batches in a step; 0 leaves the recipe's.
     """
     changes = {"max_steps": steps, "warmup_steps": warmup, "save_interval": 0}
@@ -330,10 +340,10 @@ def schedule(seconds: float, per_step: float) -> tuple[int, int]:
 def lay_plan(seconds: float, per_step: float, tokens: int, turns: int) -> Found:
     """A schedule of steps that take so long, of so many tokens in so many turns.
 
-    Where few of them fit, a step is halved, down to one micro-batch: a short run
-    learns more from many small steps.
+    Where few of them fit, a step is halved, and again: a short run learns more from
+    many small steps.
     """
-    while schedule(seconds, per_step)[0] < STEPS and turns > 1:
+    while turns % 2 == 0 and seconds / per_step < STEPS:
         turns, tokens, per_step = turns // 2, tokens // 2, per_step / 2
     steps, warmup = schedule(seconds, per_step)
     return {
@@ -425,7 +435,8 @@ def run(place: Place, record: Found) -> None:
     record |= made(folder)
     bring("gpu-run.ipynb", place)
     draw_curve(record, place.out / "gpu-run.png")
-    if not record["final_model"]["finished"]:
+    record["complete"] = record["final_model"]["finished"]
+    if not record["complete"]:
         steps = record["final_model"]["steps"]
         record["note"] = f"{steps} of {plan['steps']} steps; call again to go on"
         return

@@ -4,14 +4,16 @@
 
 Builds and compiles the arm and prints a line of JSON with its status. Then it takes
 one turn for every line that it reads, and prints what it measured, as JSON again.
-Arms on one GPU compile side by side. Of the device only one has the use at a time:
-in its turn, or with the lock in the job's folder; then it gives its memory back.
+Arms on one GPU compile side by side. One at a time has the use of the device, for
+its first step or its turn: there is a lock for that, and then it frees its memory.
 """
 
 import dataclasses
 import fcntl
 import gc
 import json
+import math
+import os
 import resource
 import statistics
 import sys
@@ -69,18 +71,18 @@ class Lock:
     """The GPU, for one process at a time, while others compile."""
 
     def __init__(self, device: str) -> None:
-        self.file = None
+        self.file, self.waited = None, 0.0  # seconds
         if device != "cpu":
-            path = (
-                Path(tempfile.gettempdir())
-                / f"albor-{device.replace(':', '-')}.lock"
-            )
-            self.file = path.open("w")
+            number = torch.device(device).index or 0
+            name = f"albor-{os.getuid()}-cuda-{number}.lock"
+            self.file = (Path(tempfile.gettempdir()) / name).open("w")
 
     def take(self) -> None:
         """Wait for it; again, it is ours already."""
+        began = time.perf_counter()
         if self.file:
             fcntl.flock(self.file, fcntl.LOCK_EX)
+        self.waited += time.perf_counter() - began
 
     def give_back(self) -> None:
         """Free the memory that we do not use, and let the next one have it."""
@@ -88,6 +90,12 @@ class Lock:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             fcntl.flock(self.file, fcntl.LOCK_UN)
+
+
+def use_device(name: str) -> None:
+    """Make the job's GPU the one that events and counters of memory are about."""
+    if name != "cpu":
+        torch.cuda.set_device(torch.device(name).index or 0)
 
 
 def compile_backward_early() -> bool:
@@ -175,23 +183,22 @@ class Arm:
         if job.settings.get("compile") == "on GPU":
             job.settings["compile"] = "never" if job.device == "cpu" else "always"
         torch.set_num_threads(job.threads)
+        use_device(job.device)
         self.kept = None
         if job.device == "cpu":
             self.kept = job.settings.get("keep_freed", True) and keep_freed_memory()
         else:
             torch.set_float32_matmul_precision("high")
-        self.trials: list[dict[str, Any]] = []
-        if len(candidates(job)) > 1:
-            self.lock.take()  # their times decide
-            job.micro_batch, self.trials = best_micro_batch(build, job)
-        else:
-            (job.micro_batch,) = candidates(job)
+        if job.device != "cpu" and not job.micro_batch:
+            self.lock.take()  # what is free, and how fast it is, will decide
+        job.micro_batch, self.trials = best_micro_batch(build, job)
         if whole := compile_backward_early():
             job.ready_to_run = self.lock.take
         self.loop = build(job)
         if whole and job.settings.get("compile", "never") == "never":
             self.lock.take()
-        self.first = first_step(self.loop, job.device)
+        waited = self.lock.waited
+        self.first = first_step(self.loop, job.device) - self.lock.waited + waited
         self.lock.give_back()
 
     def take(self, steps: int, marks: Clock | None = None) -> None:
@@ -225,18 +232,20 @@ class Arm:
         elif first and job.after:
             seen = self.look_inside()
         losses = self.loop.losses()
+        told = {str(n): losses[n - 1] for n in (1, 10, 50) if n <= self.done}
         firsts = [t["first_step_seconds"] for t in self.trials if t["ms"]]
         compiling = max(self.first, *firsts, 0.0) - statistics.median(ms) / 1000
         self.lock.give_back()
+        for step, loss in told.items():
+            if not math.isfinite(loss):
+                return {"status": f"failed: the loss is {loss} at step {step}"}
         return {
             "status": "measured",
             "settings": job.settings,
             "micro_batch": job.micro_batch,
             "micro_batch_trials": self.trials,
             "ms": ms,
-            "losses": {
-                str(n): losses[n - 1] for n in (1, 10, 50) if n <= self.done
-            },
+            "losses": told,
             "compile_seconds": max(0.0, compiling),
             "peak_bytes": peak,
             "freed_memory_kept": self.kept,
@@ -269,6 +278,7 @@ class Limits:
 
     def __init__(self, name: str, job: Job) -> None:
         self.job, self.lock = job, Lock(job.device)
+        use_device(job.device)
 
     def turn(self) -> dict[str, Any]:
         """Measure them."""
@@ -311,14 +321,20 @@ def ceilings(job: Job) -> dict[str, Any]:
 def main() -> None:
     """Prepare the arm that the command line names; a turn for every line read."""
     name, path = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def say(found: dict[str, Any]) -> None:
+        print(json.dumps(found), file=answers, flush=True)
+
     job = Job(**json.loads(Path(path).read_text(encoding="utf-8")))
     try:
         arm = (Limits if name == "ceilings" else Arm)(name, job)
-        print(json.dumps({"status": "ready"}), flush=True)
+        say({"status": "ready"})
         for _ in sys.stdin:
-            print(json.dumps(arm.turn()), flush=True)
+            say(arm.turn())
     except Unavailable as error:
-        print(json.dumps({"status": str(error)}), flush=True)
+        say({"status": str(error)})
 
 
 if __name__ == "__main__":

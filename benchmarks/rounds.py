@@ -5,13 +5,14 @@ import json
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Worker:
             text=True,
             cwd=root,
             env=environment,
+            start_new_session=True,  # so that it ends with all that it has begun
         )
         self.status = ""  # what it said when it was ready, or could not be
 
@@ -57,7 +59,7 @@ class Worker:
 
         def end() -> None:
             late.set()
-            self.process.kill()
+            self.kill()
 
         timer = threading.Timer(self.timeout, end)
         timer.start()
@@ -65,7 +67,7 @@ class Worker:
             line = self.process.stdout.readline()
         finally:
             timer.cancel()
-        if line:
+        if line.endswith("\n"):
             return json.loads(line)
         code = self.process.wait()
         if late.is_set():
@@ -93,9 +95,14 @@ class Worker:
             pass  # it will be told what happened
         return self.listen()
 
+    def kill(self) -> None:
+        """End it, and the compilers that it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """End it, and wait for its end."""
-        self.process.kill()
+        self.kill()
         self.process.communicate()
         self.said.close()
 

@@ -106,6 +106,15 @@ def make_job(given: argparse.Namespace, folder: Path) -> Job:
         raise SystemExit("--warm-up and --timed: at least one step each")
     count, length = sum(steps), recipe.data.seq_len
     sequences = recipe.data.batch_size * recipe.training.gradient_accumulation
+    for size in (
+        given.micro_batch,
+        *own_micro_batches(given.micro_batch_of).values(),
+    ):
+        if size and sequences % size:
+            raise SystemExit(
+                f"a micro-batch of {size}: does not divide the step's {sequences} "
+                "sequences; take a divisor"
+            )
     if given.random:
         draw, size = np.random.default_rng(given.seed), recipe.model.vocab_size
         flat = draw.integers(
@@ -169,8 +178,9 @@ def compare_losses(rounds: list[dict[str, Any]], reference: str) -> dict[str, An
     against = reference if reference in first else next(iter(first))
     wrong, worst = [], 0.0
     for name, one in first.items():
-        for step, loss in one["losses"].items():
-            other = first[against]["losses"][step]
+        shared = one["losses"].keys() & first[against]["losses"].keys()
+        for step in sorted(shared, key=int):
+            loss, other = one["losses"][step], first[against]["losses"][step]
             gap = abs(loss - other)
             worst = max(worst, gap)
             if not gap <= TOLERANCE[step]:  # nor is NaN
@@ -284,10 +294,20 @@ def choose_arms(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
                 known[name] = ("ours", settings)
     else:
         known = {name: (name, {}) for name in ARMS}
+        if device != "cpu":
+            del known["transformers-untuned"]  # its allocator is PyTorch's own
     names = given.order or list(known)
     known |= {name: ("ours", settings) for name, (_, settings) in ABLATIONS.items()}
     if unknown := set(names) - set(known):
         raise SystemExit(f"--order: no {sorted(unknown)}; there are {list(known)}")
+    named = {*given.inside, *own_micro_batches(given.micro_batch_of)}
+    if unknown := named - set(names):
+        raise SystemExit(
+            f"--inside, --micro-batch-of: {sorted(unknown)} do not run; "
+            f"there are {list(names)}"
+        )
+    if given.rounds < 1:
+        raise SystemExit(f"--rounds {given.rounds}: at least one")
     arms = {name: known[name] for name in names}
     return arms, "ours" if given.ablate else REFERENCE
 
@@ -352,7 +372,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, summarize, write."""
     given = parse(arguments)
     arms, reference = choose_arms(given)
-    sizes = own_micro_batches(given.micro_batch_of)
+    device = pick_device(given.device).type
+    kind = "-ablation" if given.ablate else ""
+    path = given.out or project_path(
+        f"benchmarks/results/training-{given.preset}-{device}{kind}.json"
+    )
+    part = path.with_suffix(".part")  # what there is after every turn
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(given, Path(folder))
         rounds, limits = run_rounds(
@@ -363,13 +388,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             timeout=given.timeout,
             together=given.together or room_for_all(job, len(arms)),
             inside=given.inside,
-            sizes=sizes,
-            keep=given.out and given.out.with_suffix(".part"),
+            sizes=own_micro_batches(given.micro_batch_of),
+            keep=part,
         )
-    device, kind = (
-        torch.device(job.device).type,
-        "-ablation" if given.ablate else "",
-    )
     name = torch.cuda.get_device_name(job.device) if device == "cuda" else ""
     nominal = next((rate for card, rate in NOMINAL.items() if card in name), None)
     if job.precision == "fp32":
@@ -392,7 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if row["status"].startswith("failed")
     ]
     shared = dataclasses.asdict(job)
-    for key in ("folder", "settings", "rates", "micro_batch"):
+    for key in ("folder", "settings", "rates", "micro_batch", "ready_to_run"):
         del shared[key]
     ratios = "ratios alone: the machine is shared, so its speed is its own affair"
     result = {
@@ -411,11 +432,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "arms": table,
         "rounds": rounds,
     }
-    path = given.out or project_path(
-        f"benchmarks/results/training-{given.preset}-{device}{kind}.json"
-    )
     write_json(path, result)
-    path.with_suffix(".part").unlink(missing_ok=True)  # all of it is in there
+    part.unlink(missing_ok=True)
     print(f"wrote {path.name}; losses differ by at most {losses['worst']} nats")
     if result["errors"]:
         raise SystemExit("\n".join(["this run has errors:", *result["errors"]]))

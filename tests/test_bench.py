@@ -3,7 +3,10 @@
 import dataclasses
 import fcntl
 import importlib
+import json
 import math
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from benchmarks import measure, rounds, training
 from benchmarks.arms import ABLATIONS, ARMS, REFERENCE, Job
 from benchmarks.plain import Plain
 
+ROOT = Path(__file__).resolve().parents[1]
 # All dimensions different: vocabulary, width, feed-forward, layers, heads, shared.
 CONFIG = ModelConfig(70, 24, 40, 3, 6, 2, 32, head_dim=10)
 
@@ -257,7 +261,7 @@ def test_side_by_side_only_where_there_is_room(
 
 @pytest.mark.slow
 def test_arms_side_by_side(tmp_path: Path) -> None:
-    order = ["plain", "ours", "liger"]
+    order = ["ours", "plain", "liger"]
     told = ["--together", "--inside", "plain", "--micro-batch-of", "plain=2"]
     found = rehearse(
         tmp_path, "--rounds", "2", "--after", "8", *told, "--order", *order
@@ -273,6 +277,76 @@ def test_arms_side_by_side(tmp_path: Path) -> None:
     assert first["plain"]["micro_batch"] == 2
     assert first["ours"]["micro_batch"] == found["job"]["sequences"]
     assert set(found["ceilings"]) == {"start", "end"}
+
+
+class Noisy:
+    """A loop that prints, as libraries do, and whose loss is what it was told."""
+
+    def __init__(self, job: Job) -> None:
+        self.loss, self.steps = job.settings["loss"], 0
+        print("a word from a library")
+
+    def step(self, number: int) -> None:
+        self.steps += 1
+
+    def losses(self) -> list[float]:
+        return [self.loss] * self.steps
+
+
+def test_a_loss_that_is_no_number_fails_the_arm_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(ARMS, "noisy", (Noisy, {}))
+    for loss, status in ((3.0, "measured"), (math.nan, "failed: the loss is nan")):
+        made = job(micro_batch=4, warm_up=1, timed=2, settings={"loss": loss})
+        found = measure.Arm("noisy", made).turn()
+        assert found["status"].startswith(status)
+
+
+def test_what_a_library_prints_is_no_answer(tmp_path: Path) -> None:
+    told = job(micro_batch=4, warm_up=1, timed=2, settings={"loss": 3.0})
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(dataclasses.asdict(told)))
+    program = f"""
+import sys
+from benchmarks import measure
+from tests.test_bench import Noisy
+measure.ARMS["noisy"] = Noisy, {{}}
+sys.argv = ["measure", "noisy", {str(path)!r}]
+measure.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input="turn\n",
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    ready, turn = map(json.loads, done.stdout.splitlines())
+    assert ready == {"status": "ready"} and turn["losses"] == {"1": 3.0}
+    assert "a word from a library" in done.stderr
+
+
+def test_what_does_not_run_is_told_before_anything_runs() -> None:
+    for told, why in {
+        "--inside plane": r"--inside.*\['plane'\] do not run",
+        "--micro-batch-of plane=2": r"--micro-batch-of.*\['plane'\] do not run",
+        "--rounds 0": "--rounds 0: at least one",
+        "--micro-batch 3": "a micro-batch of 3: does not divide",
+        "--micro-batch-of ours=5": "a micro-batch of 5: does not divide",
+    }.items():
+        with pytest.raises(SystemExit, match=why):
+            usual = ["--preset", "tiny", "--random", "--device", "cpu"]
+            training.main([*usual, "--order", "ours", *told.split()])
+
+
+def test_losses_are_compared_at_the_steps_that_two_arms_share() -> None:
+    found = in_rounds({REFERENCE: [1.0], "ours": [1.0]})
+    found[0]["arms"]["ours"]["losses"]["10"] = 9.0  # the reference has none
+    assert training.compare_losses(found, REFERENCE)["errors"] == []
+    found[0]["arms"][REFERENCE]["losses"]["10"] = 9.1
+    (error,) = training.compare_losses(found, REFERENCE)["errors"]
+    assert "at step 10" in error
 
 
 def test_a_micro_batch_of_one_arm() -> None:

@@ -229,12 +229,13 @@ def test_the_table_of_an_executed_notebook_is_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "turns", "steps"), [(1000, 4, 950), (400, 2, 760), (200, 1, 760)]
+    ("seconds", "turns", "steps"),
+    [(1000, 4, 950), (400, 2, 760), (200, 1, 760), (2, 1, 7)],
 )
 def test_a_short_run_takes_smaller_steps(seconds, turns, steps):
     plan = lay_plan(seconds, 1.0, 8192, 4)
     assert plan["gradient_accumulation"] == turns
-    assert plan["steps"] == steps and plan["warmup_steps"] == steps // 10
+    assert plan["steps"] == steps and plan["warmup_steps"] == max(1, steps // 10)
     assert plan["tokens_per_step"] == 8192 * turns // 4
     assert plan["tokens"] == plan["steps"] * plan["tokens_per_step"]
     assert plan["steps"] * plan["seconds_per_step"] <= plan["seconds_of_steps"]
@@ -318,10 +319,11 @@ def test_a_run_is_planned_once_stopped_resumed_and_evaluated(
     assert plan["steps"] == int(0.95 * seconds / 0.25)
     assert first["note"] == f"30 of {plan['steps']} steps; call again to go on"
     assert "evaluation" not in first and len(first["metrics"]) == 30
+    assert first["complete"] is False
     assert not (place.work / "measure").exists()
 
     second = run_stage("run", place)
-    assert second["finished"] and second["plan"] == plan
+    assert second["finished"] and second["complete"] and second["plan"] == plan
     assert len(second["metrics"]) == plan["steps"] and "note" not in second
     assert second["evaluation"] == {"perplexity": {"loss": 1.5}}
     figures = {one["perplexity"] for one in second["original"]["figures"]}
@@ -363,19 +365,25 @@ def test_benches_are_not_run_twice_and_a_bad_one_is_named(
 
     def limited(command, place, seconds):
         seen.append(command)
+        out = Path(command[command.index("--out") + 1])
         if "two" in command:
-            return {"code": 1, "seconds": 1.0, "tail": ["an arm failed"]}
-        write_json(Path(command[command.index("--out") + 1]), {"arms": len(seen)})
-        return {"code": 0, "seconds": 1.0, "tail": []}
+            write_json(out.with_suffix(".part"), ["a round"])
+            return {"code": None, "seconds": 1.0, "tail": ["cut off"]}
+        errors = ["the losses differ"] * ("three" in command)
+        write_json(out, {"arms": len(seen), "errors": errors})
+        return {"code": int(bool(errors)), "seconds": 1.0, "tail": []}
 
     monkeypatch.setattr(gpu_evidence, "run_limited", limited)
-    place.benches = ("--preset one", "--preset two")
+    place.benches = ("--preset one", "--preset two", "--preset three")
     record = run_stage("bench", place)
-    assert record["benches"]["--preset one"]["result"] == {"arms": 1}
-    assert record["error"].endswith("not sound or not done: --preset two")
+    assert record["benches"]["--preset one"]["result"]["arms"] == 1
+    assert record["benches"]["--preset two"]["rounds"] == ["a round"]
+    bad = "not sound or not done: --preset two; --preset three"
+    assert record["error"].endswith(bad)
     again = run_stage("bench", place)
-    assert [command[4] for command in seen] == ["one", "two", "two"]
-    assert again["benches"]["--preset one"]["result"] == {"arms": 1}
+    assert [command[4] for command in seen] == ["one", "two", "three", "two"]
+    assert again["benches"]["--preset one"]["result"]["arms"] == 1
+    assert again["error"].endswith(bad), "errors of an earlier call stay errors"
     place.minutes = 1 / 60
     short = run_stage("bench", place)
     assert short["benches"]["--preset two"] == {"not_run": "no time was left"}
