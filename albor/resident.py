@@ -104,7 +104,7 @@ GRAPH_TOKENS = 16_384  # per step: above, a GPU computes longer than it is launc
 
 
 def compiles(recipe: Recipe, device: torch.device) -> bool:
-    """Whether a run compiles its loss; "auto": on a GPU. It costs a minute there."""
+    """Whether a run compiles its loss, for about a minute; "auto": on a GPU."""
     return {"auto": device.type == "cuda", "always": True, "never": False}[
         recipe.training.compile
     ]
