@@ -480,8 +480,10 @@ def life(folder, end, tell=None):
 warnings.simplefilter("error")
 os.fsync = lambda handle: None  # what a kill cannot harm need not be waited for
 life(root / "warm", 1)  # what is imported late is imported here, before any fork
-found = None
-for _ in range(kills):
+found, number, halves = None, 0, 0
+# So many deaths; and then as many as it takes for one of them to interrupt a write.
+while number < kills or not halves and number < 10 * kills:
+    number += 1
     ears, mouth = os.pipe()
     child = os.fork()
     if child == 0:
@@ -493,6 +495,7 @@ for _ in range(kills):
     os.close(ears), os.close(mouth)
     found = latest_state(root / "killed")
     half = len([*(root / "killed" / "state").glob(".*")])
+    halves += half
     print(int(found.name[5:]) if found else 0, half, flush=True)
 
 end = (int(found.name[5:]) if found else 0) + 3
@@ -521,7 +524,7 @@ def test_killed_dozens_of_times_and_still_the_same_run(
     assert done.returncode == 0, done.stderr
     *lines, best = [line.split() for line in done.stdout.splitlines()]
     steps = [int(step) for step, _ in lines]
-    assert len(steps) == kills and steps == sorted(steps) and steps[-1] > 3
-    assert sum(int(half) for _, half in lines) > 0  # some died while they wrote
+    assert len(steps) >= kills and steps == sorted(steps) and steps[-1] > 3
+    assert sum(int(half) for _, half in lines) > 0  # one died while it wrote
     if steps[-1] > 8:
         assert best == ["0"]  # the best was never removed
