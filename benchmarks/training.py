@@ -8,7 +8,8 @@ Every arm is a process of its own that starts from the same weights and reads th
 same tokens. The arms take turns, round after round, so that a busy machine slows
 them all; a ratio is taken within a round. For a GPU they compile side by side. The
 result lands in `benchmarks/results/training-PRESET-DEVICE.json`, with `-ablation`
-behind it for the second kind.
+behind it for the second kind. What a run has so far is beside it, in `.part`, until
+it ends.
 """
 
 import argparse
@@ -106,10 +107,7 @@ def make_job(given: argparse.Namespace, folder: Path) -> Job:
         raise SystemExit("--warm-up and --timed: at least one step each")
     count, length = sum(steps), recipe.data.seq_len
     sequences = recipe.data.batch_size * recipe.training.gradient_accumulation
-    for size in (
-        given.micro_batch,
-        *own_micro_batches(given.micro_batch_of).values(),
-    ):
+    for size in (given.micro_batch, *given.micro_batch_of.values()):
         if size and sequences % size:
             raise SystemExit(
                 f"a micro-batch of {size}: does not divide the step's {sequences} "
@@ -300,7 +298,7 @@ def choose_arms(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     known |= {name: ("ours", settings) for name, (_, settings) in ABLATIONS.items()}
     if unknown := set(names) - set(known):
         raise SystemExit(f"--order: no {sorted(unknown)}; there are {list(known)}")
-    named = {*given.inside, *own_micro_batches(given.micro_batch_of)}
+    named = {*given.inside, *given.micro_batch_of}
     if unknown := named - set(names):
         raise SystemExit(
             f"--inside, --micro-batch-of: {sorted(unknown)} do not run; "
@@ -365,7 +363,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--random", action="store_true", help="random tokens: no corpus to prepare")
     add("--timeout", type=float, default=3600, help="seconds for one run of an arm")
     add("--out", type=Path, help="file to write instead")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    given.micro_batch_of = own_micro_batches(given.micro_batch_of)
+    return given
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -388,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             timeout=given.timeout,
             together=given.together or room_for_all(job, len(arms)),
             inside=given.inside,
-            sizes=own_micro_batches(given.micro_batch_of),
+            sizes=given.micro_batch_of,
             keep=part,
         )
     name = torch.cuda.get_device_name(job.device) if device == "cuda" else ""
