@@ -33,6 +33,7 @@ __all__ = [
     "attend",
     "causal_mask",
     "grouped_kernel",
+    "grouped_kernel_allowed",
     "in_blocks",
 ]
 
@@ -144,6 +145,13 @@ def all_kernels_allowed() -> bool:
     return sdp.flash_sdp_enabled() and sdp.math_sdp_enabled()
 
 
+@torch.compiler.assume_constant_result
+def grouped_kernel_allowed() -> bool:
+    """Whether `sdpa_kernel` leaves CUDA a kernel that takes K < H heads of keys."""
+    sdp = torch.backends.cuda
+    return sdp.flash_sdp_enabled() or sdp.cudnn_sdp_enabled()
+
+
 def in_blocks(q: Tensor) -> bool:
     """Whether `BlockAttention` takes causal rows of queries q, being faster."""
     suits = q.device.type == "cpu" and q.shape[2] <= BLOCK_LIMIT
@@ -164,13 +172,15 @@ def grouped_kernel(q: Tensor, masked: bool) -> bool:
 
     As of torch 2.13. On a CPU the flash kernel does, with a mask or without. On
     CUDA it does so for 16-bit numbers without a mask, from compute capability 8.0
-    on; the rest falls to kernels that want H heads. Either way the result is right:
-    a wrong guess costs memory and time, since the plain formula takes anything.
+    on, and so does cuDNN's; the rest falls to kernels that want H heads. A wrong
+    guess costs memory and time, since the plain formula takes anything; where that
+    is not allowed, PyTorch refuses.
     """
     if q.device.type != "cuda":
         return True
-    flash = torch.cuda.get_device_capability(q.device) >= (8, 0)
-    return flash and not masked and q.dtype in (torch.float16, torch.bfloat16)
+    able = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return able and half and not masked and grouped_kernel_allowed()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: int = 0) -> Tensor:

@@ -98,7 +98,8 @@ class TrainingConfig:
     warmup_steps: int = within(0, default=0)  # steps in which the rate rises
     min_lr_ratio: float = within(0, 1, 0.1)  # end of the decay, of the peak
     scaled_init: bool = False  # o_proj and down_proj start smaller by sqrt(2 L)
-    gradient_accumulation: int = within(1, default=1)  # micro-batches per step
+    gradient_accumulation: int = within(1, default=1)  # batches per step
+    micro_batch: int = within(0, default=0)  # sequences at a time, at most; 0: fit
     mixed_precision: Literal["fp16", "bf16", "fp32", "auto"] = "auto"
     compile: Literal["auto", "always", "never"] = "auto"  # auto: on a GPU
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
@@ -262,8 +263,7 @@ def preflight(
     require(total >= steps, "training.epochs", plan.epochs, why)
     share, warmup, warnings = plan.warmup_steps / steps, plan.warmup_steps, []
     if 10 * warmup > steps:
-        why = f"{share:.0%} of max_steps = {steps}; "
-        why += f"write {steps // 10} (10%) or less"
+        why = f"{share:.0%} of max_steps = {steps}; write {steps // 10} or less"
         require(not strict_warmup, "training.warmup_steps", warmup, why)
         warnings.append(f"training.warmup_steps = {warmup}: {why}")
     tokens = together * recipe.data.seq_len
@@ -283,16 +283,16 @@ def fit_micro_batch(
 ) -> tuple[int, int]:
     """Choose (micro-batch, accumulation) to fit; their product stays the recipe's.
 
-    The micro-batch is the largest divisor of the product that fits and is not above
-    the recipe's own, or on a GPU `FULL_TOKENS`. "auto" must fit as fp32 and bf16.
+    The largest divisor of the product that fits, up to `training.micro_batch`, else
+    `data.batch_size` (GPU: `FULL_TOKENS`). "auto" must fit as fp32 and bf16.
     """
-    kind, most, need = recipe.training.mixed_precision, recipe.data.batch_size, 0
+    plan, batch, need = recipe.training, recipe.data.batch_size, 0
+    kind, together = plan.mixed_precision, batch * plan.gradient_accumulation
     kinds = ("fp32", "bf16") if kind == "auto" else (kind,)
-    together = recipe.data.batch_size * recipe.training.gradient_accumulation
-    most = max(most, FULL_TOKENS[device] // recipe.data.seq_len)
-    for micro in range(min(most, together), 0, -1):
+    full = max(batch, FULL_TOKENS[device] // recipe.data.seq_len)
+    for micro in range(min(plan.micro_batch or full, together), 0, -1):
         sizes = (recipe.model, micro, recipe.data.seq_len)
-        how: Any = {"device": device, "recompute": recipe.training.recompute}
+        how: Any = {"device": device, "recompute": plan.recompute}
         need = max(memory_estimate(*sizes, k, **how)["total"] for k in kinds)
         if together % micro == 0 and need <= available_bytes:
             return micro, together // micro

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record as elastic
 
@@ -53,13 +54,24 @@ from albor.setup import (
     describe_session,
     refuse_other_run,
 )
+from albor.shapes import parameter_shapes
 from albor.shards import TokenStream
-from albor.states import StateWriter
+from albor.states import StateWriter, disk_needed, refuse_small_disk
 from albor.step import make_scaler
 from albor.texts import Texts, find_texts, open_batches
 from albor.train import METRICS, Summary, evaluate_loss, progress_line, train
+from albor.weights import CheckpointError
 
-__all__ = ["Plan", "main", "make_plan", "run"]
+__all__ = [
+    "Plan",
+    "Ready",
+    "get_ready",
+    "main",
+    "make_plan",
+    "run",
+    "run_beside",
+    "run_lead",
+]
 
 
 @dataclass(frozen=True)
@@ -96,35 +108,38 @@ def make_plan(options: argparse.Namespace, world: World) -> tuple[Plan, Texts]:
         room = int(0.9 * free) // (1 if world.target.type == "cuda" else local)
         micro, _ = fit_micro_batch(recipe, room, world.target.type)
     micro = min(micro, extra["micro_batch"]) if extra else micro
-    texts = find_texts(recipe, state, extra)
     start = before["step"] if before else 0
+    if start < recipe.training.max_steps:
+        try:
+            refuse_small_disk(folder, disk_needed(parameter_shapes(recipe.model)))
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
+    texts = find_texts(recipe, state, extra)
     micro = math.gcd(micro, share)  # each rank takes a whole number of slices
     return Plan(recipe, folder, state, start, texts[2], micro), texts
 
 
-def run(options: argparse.Namespace, world: World) -> None:
-    """Train, alone or with others; rank 0 writes the folder of the run."""
-    lead, target, seed = world.rank == 0, world.target, options.seed
-    texts: list[Texts] = []  # on rank 0 alone
+@dataclass(frozen=True)
+class Ready:
+    """What a rank has built when the steps begin, and how it takes them."""
 
-    def prepare() -> Plan:
-        plan, found = make_plan(options, world)
-        texts.append(found)
-        return plan
+    model: Albor
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    streams: tuple[TokenStream, TokenStream]  # to train on, and held out
+    go: Callable[..., Summary]  # `train`, less what rank 0 alone does beside it
 
-    plan: Plan = from_rank_0(world, prepare)
-    recipe, folder, start = plan.recipe, plan.folder, plan.start
-    half, end = recipe.training.mixed_precision, recipe.training.max_steps
-    say: Callable[..., None] = print if lead else lambda *words, **how: None
-    say(f"recipe {recipe.name}, {end} steps, {target}, {half}, {world.size} ranks")
-    if start == end and (folder / "final_model.json").exists():
-        say(f"this run is finished, with {start} steps: nothing is done or written")
-        return
-    train_tokens, val_tokens = (
-        TokenStream.open(plan.tokens, part) for part in ("train", "val")
+
+def get_ready(plan: Plan, seed: int, world: World) -> Ready:
+    """Model, optimizer and batches of this rank, from the state if there is one."""
+    recipe, target = plan.recipe, world.target
+    half = recipe.training.mixed_precision
+    parts = (
+        TokenStream.open(plan.tokens, "train"),
+        TokenStream.open(plan.tokens, "val"),
     )
     batches = open_batches(
-        recipe, train_tokens, target, seed=seed, rank=world.rank, ranks=world.size
+        recipe, parts[0], target, seed=seed, rank=world.rank, ranks=world.size
     )
     preflight(recipe, batches.sequences)
     if recipe.training.deterministic:
@@ -140,7 +155,7 @@ def run(options: argparse.Namespace, world: World) -> None:
             scaler.load_state_dict(extra["scaler"])
     loss = compiled_loss(model) if compiles(recipe, target) else None
     how: dict[str, Any] = {
-        "start_step": start,
+        "start_step": plan.start,
         "micro_batch": plan.micro_batch,
         "precision": half,
         "scaler": scaler,
@@ -152,49 +167,57 @@ def run(options: argparse.Namespace, world: World) -> None:
         with attention_kernel(recipe.training.attention):
             return train(model, optimizer, batches, recipe, **how, **more)
 
-    if not lead:
-        with tempfile.TemporaryDirectory(prefix="albor-") as scratch:
+    return Ready(model, optimizer, scaler, parts, go)
 
-            def part() -> None:
-                go(output_dir=scratch)
-                dist.barrier()  # rank 0 judges and writes what was made
 
-            follow(world, part)
-        return
+def run_beside(ready: Ready, world: World) -> None:
+    """What the other ranks do: the same steps, and nothing that stays."""
+    from_rank_0(world, lambda: None)  # until it has begun the folder, or could not
+    with tempfile.TemporaryDirectory(prefix="albor-") as scratch:
 
-    settings = describe_run(recipe, seed, texts[0], plan.micro_batch)
-    session = describe_session(target, start) | {"processes": world.size}
-    guards = Guards(
-        model,
-        optimizer,
-        recipe,
-        folder=folder,
-        start_step=start,
-        scaled=scaler is not None,
-    )
+        def part() -> None:
+            ready.go(output_dir=scratch)
+            dist.barrier()  # rank 0 judges and writes what was made
 
-    writer = StateWriter(folder, asynchronous=target.type == "cuda")
+        follow(world, part)
+
+
+def run_lead(
+    plan: Plan, seed: int, ready: Ready, texts: Texts, world: World
+) -> None:
+    """What rank 0 does: the steps, and the folder of the run."""
+    recipe, folder, start = plan.recipe, plan.folder, plan.start
+    model, scaler = ready.model, ready.scaler
+    settings = describe_run(recipe, seed, texts, plan.micro_batch)
+    place: dict[str, Any] = {"folder": folder, "start_step": start}
+    guards = Guards(model, ready.optimizer, recipe, scaled=bool(scaler), **place)
+    writer = StateWriter(folder, asynchronous=world.target.type == "cuda")
     losses: dict[int, float | None] = {}  # of validation, after so many steps
+
+    def begin() -> None:
+        session = describe_session(world.target, start) | {"processes": world.size}
+        guards.begin()
+        begin_folder(folder, settings, texts, session, plan.state)
 
     def save(done: int) -> None:
         guards.before_save(done)
         extra = settings | {"scaler": scaler.state_dict() if scaler else None}
-        writer.save(done, model, optimizer, extra, losses.get(done))
+        writer.save(done, model, ready.optimizer, extra, losses.get(done))
 
     def judge(sequences: int) -> tuple[float, int]:
-        width = recipe.data.seq_len
+        width, half = recipe.data.seq_len, recipe.training.mixed_precision
         return evaluate_loss(
-            model, val_tokens, width, sequences=sequences, precision=half
+            model, ready.streams[1], width, sequences=sequences, precision=half
         )
 
     def show(line: dict[str, Any], seconds_left: float) -> None:
         losses[line["step"] + 1] = line.get("val_loss")
-        say(progress_line(line, end, seconds_left), flush=True)
+        end = recipe.training.max_steps
+        print(progress_line(line, end, seconds_left), flush=True)
 
-    guards.begin()
-    begin_folder(folder, settings, texts[0], session, plan.state)
+    from_rank_0(world, begin)
     with writer:
-        summary = go(
+        summary = ready.go(
             output_dir=folder,
             evaluate=lambda: judge(recipe.training.eval_sequences)[0],
             save=save,
@@ -203,20 +226,44 @@ def run(options: argparse.Namespace, world: World) -> None:
             on_log=show,
         )
     judged = judge(0)
-    save_model(folder, model, texts[0][1])
+    save_model(folder, model, texts[1])
     result = describe_result(
         recipe,
         summary.steps,
         seed=seed,
         train_loss=read_jsonl(folder / METRICS)[-1]["loss"],
         judged=judged,
-        streams=(train_tokens, val_tokens),
+        streams=ready.streams,
         weights=folder / "model.safetensors",
     )
     write_json(folder / "final_model.json", result)
-    say("validation loss {:.3f} nats per token, on {:,} tokens".format(*judged))
+    print("validation loss {:.3f} nats per token, on {:,} tokens".format(*judged))
     if world.size > 1:
         dist.barrier()
+
+
+def run(options: argparse.Namespace, world: World) -> None:
+    """Train, alone or with others; rank 0 writes the folder of the run."""
+    texts: list[Texts] = []  # on rank 0 alone
+
+    def prepare() -> Plan:
+        plan, found = make_plan(options, world)
+        texts.append(found)
+        return plan
+
+    plan: Plan = from_rank_0(world, prepare)
+    say: Callable[..., None] = print if texts else lambda *words: None
+    recipe, end = plan.recipe, plan.recipe.training.max_steps
+    how = f"{recipe.training.mixed_precision}, {world.size} ranks"
+    say(f"recipe {recipe.name}, {end} steps, {world.target}, {how}")
+    if plan.start == end and (plan.folder / "final_model.json").exists():
+        say(f"this run is finished, with {end} steps: nothing is done or written")
+        return
+    ready = get_ready(plan, options.seed, world)
+    if texts:
+        run_lead(plan, options.seed, ready, texts[0], world)
+    else:
+        run_beside(ready, world)
 
 
 @elastic  # torchrun repeats the error of the process that failed first
@@ -234,13 +281,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--resume", nargs="?", const=True, default=False, help=resume
     )
     options = parser.parse_args(arguments)
-    with joined(options.device) as world:
-        if world.target.type == "cpu":
-            keep_freed_memory()
-        try:
+    try:
+        with joined(options.device) as world:
+            if world.target.type == "cpu":
+                keep_freed_memory()
             run(options, world)
-        except ConfigError as error:
-            raise SystemExit(f"refused: {error}") from None
+    except ConfigError as error:
+        raise SystemExit(f"refused: {error}") from None
 
 
 if __name__ == "__main__" and __spec__:  # python -m, and not this page

@@ -62,8 +62,9 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the hardware itself multiplies bf16 matrices."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    # PyTorch's own questions, private ones: where one is gone, the answer is no.
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in asked)
+    return any(getattr(torch.cpu, name, lambda: False)() for name in asked)
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -172,11 +173,14 @@ UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 def bytes_asked(error: BaseException) -> int | None:
     """The bytes that a failed allocation asked for; None for any other error.
 
-    PyTorch says it in words: an error of its own on CUDA, any `RuntimeError` on a
-    CPU. A Python `MemoryError` does not say: 0.
+    PyTorch says it in words: an error of its own on CUDA, a `RuntimeError` itself
+    on a CPU. A Python `MemoryError` does not say: 0. Errors of other classes that
+    quote one have their own advice to give.
     """
     if isinstance(error, MemoryError):
         return 0
+    if type(error) not in (RuntimeError, torch.OutOfMemoryError):
+        return None
     found = re.search(
         r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)",
         str(error),
@@ -196,7 +200,7 @@ def memory_explained(device: torch.device, mend: str) -> Iterator[None]:
             raise
         free = free_memory(device)
         there = "unknown" if free is None else f"{free:,}"
+        wanted = f"{asked:,} bytes" if asked else "how much is not said"
         raise OutOfMemory(
-            f"no memory left on {device}: {asked:,} bytes asked for, {there} free. "
-            f"{mend}"
+            f"no memory left on {device}: wanted: {wanted}; free: {there}. {mend}"
         ) from error

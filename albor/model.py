@@ -147,7 +147,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             keep = counted[i : i + chunk, None]  # (n, 1)
             target = targets[i : i + chunk, None].masked_fill(~keep, 0)
             logits = rows @ matrix.T  # (n, V)
-            slope = logits.softmax(dim=-1)  # summed in `wide`, rounded once
+            # Summed in `wide`, rounded once. With no type named, autocast on CUDA
+            # would keep this matrix, as wide as the vocabulary, in float32.
+            slope = logits.softmax(dim=-1, dtype=low)
             # The largest entry is exp(largest logit) / Z: no second sum for log Z.
             log_top = slope.amax(dim=-1, keepdim=True).to(wide).log()
             log_z = logits.amax(dim=-1, keepdim=True).to(wide) - log_top

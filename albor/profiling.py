@@ -96,11 +96,11 @@ def collect(
     if device.type == "cuda":
         kinds.append(ProfilerActivity.CUDA)
         torch.cuda.synchronize(device)  # what was queued before is not of this work
-    with profile(activities=kinds) as profiler, record_function(MARK):
+    with profile(activities=kinds, acc_events=True) as seen, record_function(MARK):
         work()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(keep or Path(folder) / "trace.json")
-        profiler.export_chrome_trace(str(path))
+        seen.export_chrome_trace(str(path))
         records = read_trace(path)
     if device.type == "cuda" and not any(record.kind in GPU for record in records):
         raise RuntimeError(

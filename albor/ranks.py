@@ -74,7 +74,13 @@ def joined(device: str = "auto") -> Iterator[World]:
         return
     target = pick_device(device)
     if target.type == "cuda":  # a card for each process of this machine
-        target = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= cards:
+            raise ConfigError(
+                f"process {local + 1} of this machine has no GPU: there are "
+                f"{cards}; start at most {cards} here (--nproc-per-node {cards})"
+            )
+        target = torch.device("cuda", local)
         torch.cuda.set_device(target)
     dist.init_process_group(
         "nccl" if target.type == "cuda" else "gloo",

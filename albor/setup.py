@@ -169,10 +169,11 @@ def refuse_other_run(
 ) -> None:
     """Refuse to go on with other settings than a state's `extra`, `before`, tells.
 
-    Where and how often a run saves may differ, and the keys in `free`.
+    Where and how often it saves may differ, how it slices, and the keys in `free`.
     """
     now, then = flat(recipe.to_dict()), flat(before["recipe"])
     free = {"name", "training.output_dir", "training.save_interval", *(free or ())}
+    free.add("training.micro_batch")
     now["seed"], then["seed"] = seed, before["seed"]
     differ = [key for key in now if key not in free and now[key] != then.get(key)]
     if differ:

@@ -106,10 +106,8 @@ def enqueue_step(
             f"micro_batch = {micro_batch}: does not divide the {len(inputs)} "
             "sequences of a step; take a divisor"
         )
-    loss, share = (
-        loss or model.loss,
-        (targets != IGNORED).sum(dim=1).double(),
-    )  # (N,)
+    loss = loss or model.loss
+    share = (targets != IGNORED).sum(dim=1).double()  # (N,): targets that count
     count, total = share.sum(), torch.zeros_like(share[0])
     if reduce:
         reduce(count)

@@ -94,17 +94,11 @@ class NonFiniteError(RuntimeError):
     """A step came out infinite or not a number; it has changed nothing."""
 
     def __init__(
-        self,
-        step: int,
-        result: StepResult,
-        rows: list[int],
-        last_state: Path | None,
+        self, step: int, result: StepResult, rows: list[int], good: Path | None
     ) -> None:
-        self.step, self.rows, self.last_state = step, rows, last_state
+        self.step, self.rows, self.last_state = step, rows, good
         scale = f", loss scale {result.scale:g}" if result.scale != 1 else ""
-        back = f"the last good state is {last_state}"
-        if not last_state:
-            back = "none is saved"
+        back = f"the last good state is {good}" if good else "none is saved"
         super().__init__(
             f"step {step} is not finite: loss {result.loss}, gradient norm "
             f"{result.grad_norm}{scale}, on the training rows {rows}. It changed "
@@ -115,13 +109,16 @@ class NonFiniteError(RuntimeError):
 
 METRICS = "metrics.jsonl"
 MEND = (
-    "Take a smaller micro-batch (data.batch_size; the accumulation can grow), set "
+    "Set training.micro_batch to fewer sequences than the run takes at a time, or "
     "training.recompute, or free the device. What is saved is safe: resume"
 )
 
 
 def resume_metrics(path: Path, start_step: int) -> None:
-    """Drop what was logged from `start_step` on; refuse a log with gaps before."""
+    """Drop what was logged from `start_step` on; refuse a log with gaps before.
+
+    It may begin late, or not be there: of a run that went on from a state alone.
+    """
     if not path.exists():
         return
     truncate_jsonl(path, lambda record: record["step"] < start_step)
@@ -247,7 +244,7 @@ def train(
         collection_paused() as collect,
         memory_explained(batches.device, MEND),
     ):
-        while done < plan.max_steps and not signals:
+        while done < plan.max_steps:
             first, tick = done, time.monotonic()
             batches.look_ahead(first, look)
             for step in range(first, look):
@@ -255,28 +252,30 @@ def train(
             results = stepper.read()  # here the host waits; nowhere else
             now, done = time.monotonic(), look
             spent += now - tick
-            records: list[dict[str, Any]] = []
-            for step, result in enumerate(results, start=first):
-                if not result.finite and not result.skipped:
-                    append_jsonl(metrics, *records)
-                    state = latest_state(output_dir)
-                    raise NonFiniteError(step, result, batches.rows_of(step), state)
-                records.append(metrics_record(step, result, rates[step], tokens))
-            if inspect:
-                inspect(done - 1, results[-1])
             last = done == plan.max_steps or 0 < max_minutes * 60 <= now - began
             judge = last or (plan.eval_interval and done % plan.eval_interval == 0)
-            if evaluate and judge and not signals:
-                records[-1]["val_loss"] = evaluate()
-            tell = last or first == start_step or "val_loss" in records[-1]
-            if tell or 0 < log_seconds <= now - told:
-                pace = (spent - spent_then) / (done - done_then)  # seconds per step
-                records[-1]["tokens_per_second"] = tokens / pace
-                told, spent_then, done_then = now, spent, done
-                collect()
-                if on_log:
-                    on_log(records[-1], pace * (plan.max_steps - done))
-            append_jsonl(metrics, *records)
+            records: list[dict[str, Any]] = []
+            try:
+                for step, result in enumerate(results, start=first):
+                    if not result.finite and not result.skipped:
+                        rows, good = batches.rows_of(step), latest_state(output_dir)
+                        raise NonFiniteError(step, result, rows, good)
+                    line = metrics_record(step, result, rates[step], tokens)
+                    records.append(line)
+                if inspect:
+                    inspect(done - 1, results[-1])
+                if evaluate and judge and not signals:
+                    records[-1]["val_loss"] = evaluate()
+                tell = last or first == start_step or "val_loss" in records[-1]
+                if tell or 0 < log_seconds <= now - told:
+                    pace = (spent - spent_then) / (done - done_then)  # s per step
+                    records[-1]["tokens_per_second"] = tokens / pace
+                    told, spent_then, done_then = now, spent, done
+                    collect()
+                    if on_log:
+                        on_log(records[-1], pace * (plan.max_steps - done))
+            finally:  # whatever they raise: these steps were taken
+                append_jsonl(metrics, *records)
             keep = plan.save_interval and done % plan.save_interval == 0
             stop = last or bool(signals)
             if save and (keep or stop or 0 < save_minutes * 60 <= now - saved):

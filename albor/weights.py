@@ -67,13 +67,17 @@ def disk_errors(folder: Path, needed: int) -> Iterator[None]:
 
 
 def refuse_nonfinite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Name the first tensor with a NaN or an infinity."""
-    for name, tensor in tensors.items():
-        if bad := int((~torch.isfinite(tensor)).sum()):
-            raise CheckpointError(
-                f"{where}: {bad} of {tensor.numel()} values of {name} are not "
-                "finite; go back to an earlier checkpoint"
-            )
+    """Name the first tensor with a NaN or an infinity; a GPU is asked once."""
+    counts = {name: (~torch.isfinite(t)).sum() for name, t in tensors.items()}
+    for device in {count.device for count in counts.values()}:
+        there = [name for name, count in counts.items() if count.device == device]
+        found = torch.stack([counts[name] for name in there]).tolist()
+        for name, bad in zip(there, found, strict=True):
+            if bad:
+                raise CheckpointError(
+                    f"{where}: {bad} of {tensors[name].numel()} values of {name} "
+                    "are not finite; go back to an earlier checkpoint"
+                )
 
 
 # What this model computes, in the words of Llama's configuration. The first value

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from albor.attention import Attention, KVCache, causal_mask, grouped_kernel
 from albor.layers import rope_table
@@ -111,6 +112,22 @@ def test_repeating_the_heads_changes_nothing(
         assert torch.allclose(
             in_pieces(layer, x, sizes), expected, rtol=0, atol=1e-12
         )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "grouped"),
+    [("FLASH", 1), ("CUDNN", 1), ("EFFICIENT", 0), ("MATH", 0)],
+)
+def test_grouped_heads_go_to_a_kernel_that_takes_them(kernel, grouped, monkeypatch):
+    class Query:
+        device, dtype = torch.device("cuda"), torch.bfloat16
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert grouped_kernel(Query(), masked=False)
+    name = "MATH" if kernel == "MATH" else f"{kernel}_ATTENTION"
+    with sdpa_kernel(getattr(SDPBackend, name)):
+        assert grouped_kernel(Query(), masked=False) == bool(grouped)
+    assert not grouped_kernel(Query(), masked=True)
 
 
 def test_grouped_kernel_on_a_cpu() -> None:

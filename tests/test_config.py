@@ -511,6 +511,18 @@ def test_on_a_gpu_a_micro_batch_may_fill_it(batch, accumulation, full, seq_len):
     assert fit_micro_batch(made, 10**15)[0] == batch, "a CPU keeps to the recipe"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_recipe_can_bound_the_micro_batch(device):
+    made = recipe(gradient_accumulation=8)
+    data = dataclasses.replace(made.data, batch_size=6)
+    made = dataclasses.replace(made, data=data)
+    for most, micro in ((1, 1), (5, 4), (6, 6), (7, 6), (8, 8), (100, 48)):
+        bounded = made.with_training(micro_batch=most)
+        assert fit_micro_batch(bounded, 10**15, device) == (micro, 48 // micro)
+    with pytest.raises(ConfigError, match="micro_batch = -1"):
+        made.with_training(micro_batch=-1)
+
+
 def test_memory_that_just_suffices_suffices():
     made = recipe(mixed_precision="bf16")
     need = memory_estimate(made.model, 3, 5, "bf16")["total"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -267,7 +268,7 @@ def test_a_rank_that_dies_ends_all_and_the_state_stays(project):
     assert not (project / "died" / "final_model.json").exists()
 
 
-def test_refusals(project, capsys):
+def test_refusals(project, capsys, monkeypatch):
     recipe = load_recipe("small")
     assert refuse_ranks(recipe, 5) == 2
     with pytest.raises(ConfigError, match=r"world size = 3: .*10 seq.*1, 2, 5 pro"):
@@ -279,6 +280,13 @@ def test_refusals(project, capsys):
     ):
         with pytest.raises(SystemExit, match=f"refused: .*{message}"):
             main([*arguments, "--device", "cpu"])
+    with pytest.raises(SystemExit, match=r"refused: device = 'mps': .*not"):
+        main(["small", "--output-dir", "other", "--device", "mps"])
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(SystemExit, match=r"refused: .*need [0-9,]+ bytes"):
+            main(["small", "--output-dir", "other", "--device", "cpu"])
+    assert not (project / "other").exists()
     assert start(project, "small", "--output-dir", "three", size=3) == {
         rank: ("SystemExit", None) for rank in range(3)
     }

@@ -21,6 +21,7 @@ from albor.hardware import (
     pick_precision,
 )
 from albor.shapes import ConfigError
+from albor.weights import CheckpointError
 
 CPU = torch.device("cpu")
 
@@ -158,7 +159,7 @@ def test_what_was_asked_is_read_out_of_the_message(message, asked):
 def test_out_of_memory_names_asked_free_and_mend(monkeypatch):
     monkeypatch.setattr(hardware, "free_memory", lambda device: 12345)
     with (
-        pytest.raises(OutOfMemory, match="12,345 free") as caught,
+        pytest.raises(OutOfMemory, match="free: 12,345") as caught,
         memory_explained(CPU, "Do less"),
     ):
         torch.empty(2**50, dtype=torch.uint8)
@@ -167,3 +168,13 @@ def test_out_of_memory_names_asked_free_and_mend(monkeypatch):
     assert isinstance(caught.value.__cause__, RuntimeError)
     with pytest.raises(ValueError, match="mine"), memory_explained(CPU, ""):
         raise ValueError("mine")
+    unsaid = pytest.raises(OutOfMemory, match="how much is not said")
+    with unsaid, memory_explained(CPU, ""):
+        raise MemoryError
+
+
+def test_an_error_of_ours_that_quotes_the_allocator_keeps_its_advice():
+    words = "no host memory (you tried to allocate 5000 bytes); asynchronous=False"
+    ours = pytest.raises(CheckpointError, match="asynchronous")
+    with ours, memory_explained(CPU, "Do less"):
+        raise CheckpointError(words)

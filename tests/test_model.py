@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from albor.model import Albor, linear_cross_entropy
@@ -579,3 +581,40 @@ def test_the_loss_runs_on_meta_tensors() -> None:
         ids = torch.zeros(2, 5, dtype=torch.int64)
         model.loss(ids, ids).backward()
     assert all(weight.grad is not None for weight in model.parameters())
+
+
+class Softmax(TorchFunctionMode):
+    """The types that softmax is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: list[torch.dtype | None] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.softmax:
+            self.types.append((kwargs or {}).get("dtype"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_widen_the_softmax(half):
+    hidden, weight, targets = (
+        torch.ones(11, 7),
+        torch.ones(131, 7),
+        torch.arange(11),
+    )
+    with Softmax() as asked, torch.autocast("cpu", dtype=half):
+        linear_cross_entropy(hidden, weight, targets)
+    assert asked.types == [half]
+    # On CUDA that makes the difference; fake tensors show it without a GPU.
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)  # `torch.autocast` would ask for a GPU
+    torch.set_autocast_dtype("cuda", half)
+    try:
+        with FakeTensorMode():
+            logits = torch.zeros(5, 131, device="cuda", dtype=half)
+            assert logits.softmax(dim=-1).dtype == torch.float32
+            assert logits.softmax(dim=-1, dtype=half).dtype == half
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)

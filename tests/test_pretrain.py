@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import jupytext
@@ -160,7 +161,7 @@ def test_a_run_and_its_folder(project, capsys):
     checked = verify(folder / "provenance.json", tokenizer=folder, data=data)
     assert checked["shards"] == 2
     session = story["sessions"][0]
-    assert session["versions"]["torch"] == torch.__version__
+    assert session["versions"]["torch"] == version("torch")
     assert session["device"] == "cpu" and session["threads"] > 0
     assert str(project) not in json.dumps(story)
 

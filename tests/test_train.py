@@ -34,6 +34,7 @@ from albor.train import (
     METRICS,
     NonFiniteError,
     evaluate_loss,
+    next_log,
     progress_line,
     resume_metrics,
     scheduled_rate,
@@ -445,8 +446,39 @@ def test_inspect_sees_every_step_with_its_gradients_and_can_end_the_run(tmp_path
     with pytest.raises(Cut):
         run.go(inspect=inspect)
     assert seen == list(range(7))
-    assert [line["step"] for line in run.log] == list(range(6))
+    assert [line["step"] for line in run.log] == list(range(7)), "all were taken"
     assert run.saved == [4]
+
+
+@pytest.mark.parametrize("where", ["inspect", "evaluate", "on_log"])
+def test_no_line_of_a_look_is_lost_with_what_raises(tmp_path, where):
+    run = Run(tmp_path, save_interval=0)
+
+    def fail(*_):
+        if (tmp_path / METRICS).exists():  # after the first look, which is one step
+            raise Cut
+
+    with pytest.raises(Cut):
+        run.go(log_interval=4, **{where: fail})
+    assert [line["step"] for line in run.log] == [0, 1, 2, 3, 4]
+
+
+def test_a_signal_between_two_looks_still_saves(tmp_path, monkeypatch):
+    run, plan = Run(tmp_path, save_interval=0, eval_interval=0), next_log
+
+    def late(done, *rest):  # the look is over, and its save is not due
+        if done == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return plan(done, *rest)
+
+    monkeypatch.setattr("albor.train.next_log", late)
+    obeyed = []
+    before = signal.signal(signal.SIGTERM, lambda *_: obeyed.append(1))
+    try:
+        summary = run.go()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert obeyed and summary.steps == 6 and run.saved == [6]
 
 
 def test_max_minutes_stops_saves_and_judges(tmp_path, whole):

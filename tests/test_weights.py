@@ -16,8 +16,15 @@ from safetensors.torch import load_file, save_file
 from albor.config import project_path
 from albor.model import Albor
 from albor.shapes import ModelConfig, parameter_shapes
+from albor.step import count_copies
 from albor.tokenizer import Tokenizer
-from albor.weights import CheckpointError, hf_config, load_model, save_model
+from albor.weights import (
+    CheckpointError,
+    hf_config,
+    load_model,
+    refuse_nonfinite,
+    save_model,
+)
 
 SHAPE = ModelConfig(  # no two dimensions are equal, and no default is used
     vocab_size=301,
@@ -347,6 +354,17 @@ def test_a_folder_with_weights_of_another_kind_says_what_is_read(folder, other):
 
 
 # ------------------------------------------------------------------------ disks
+
+
+def test_a_device_is_asked_once_whether_all_is_finite():
+    here = {"a": torch.zeros(3), "b": torch.zeros(5), "c": torch.zeros(7)}
+    there = {name: tensor.to("meta") for name, tensor in here.items()}
+    asked = count_copies(lambda: refuse_nonfinite(there, "step 3"))
+    assert (asked.up, asked.down) == (0, 1)
+    refuse_nonfinite(here, "step 3")
+    here["c"][2:4] = torch.tensor([torch.nan, torch.inf])
+    with pytest.raises(CheckpointError, match="step 3: 2 of 7 values of c are"):
+        refuse_nonfinite(here, "step 3")
 
 
 def test_a_model_that_is_not_finite_is_not_saved(folder, model):
