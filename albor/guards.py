@@ -2,8 +2,8 @@
 """Guards: what must hold while a model is trained, looked at in every run.
 
 Notable:
-- the loop knows none of this: `train` calls `Guards.inspect` after each step, with
-  the gradients still there, and `Guards.before_save` stands before every state;
+- the loop knows none of this: `train` calls `Guards.inspect` after each look, with
+  its last step's gradients there, and `Guards.before_save` before every state;
 - nothing here draws a shared random number or changes any: a run with guards ends
   in the same bits as one without.
 """
@@ -246,7 +246,7 @@ class Guards:
         except CheckError as error:
             state = latest_state(self.folder)
             good = f"the last sound state is {state}" if state else "none is saved"
-            why = f"step {step}: {error}. No state of it; {good}"
+            why = f"step {step}: {error} (no state of this step; {good})"
             raise CheckError(why) from None
         finally:
             self.seconds += time.monotonic() - began

@@ -124,7 +124,7 @@ def test_a_state_that_fails_is_not_saved(tmp_path):
         run.go()
     text = str(caught.value)
     assert text.startswith(f"step 7: {name}: 1 of 192 values of exp_avg_sq are not")
-    assert text.endswith(f"the last sound state is {latest_state(tmp_path)}")
+    assert text.endswith(f"the last sound state is {latest_state(tmp_path)})")
     assert run.saved == [4] and latest_state(tmp_path).name == "step-4"
 
 
