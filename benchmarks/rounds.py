@@ -20,6 +20,9 @@ from albor.artifacts import write_json
 from albor.config import project_path
 from benchmarks.arms import Job
 
+# Lines that say why a process ended; the second is the watchdog's of a lock.
+END = re.compile(r"[\w.]+(Error|Unsupported)\b|Timeout \(")
+
 
 class Worker:
     """An arm in a process of its own; what goes wrong there is its result."""
@@ -74,7 +77,7 @@ class Worker:
             return {"status": f"failed: not done after {self.timeout:g} s"}
         self.said.seek(0)
         lines = self.said.read().strip().splitlines()
-        named = [x for x in lines if re.match(r"[\w.]+(Error|Unsupported)\b", x)]
+        named = [x for x in lines if END.match(x)]
         last = [f"ended with {code}, without a word", *lines[-1:], *named]
         return {"status": f"failed: {last[-1]}"}
 
@@ -123,12 +126,17 @@ def run_rounds(
 
     `together`: they are prepared side by side and then take turns, for a machine
     with a GPU and many cores. Else an arm is a new process in every round.
+    `timeout`: seconds that an arm may take; when they share a device, that it may
+    have the device at a time, while the others wait for longer than all of these.
     `inside`: arms with steps after the timed ones; none means all. `sizes`:
     micro-batches that are known. `keep`: a file for what there is after each turn.
     Returns the rounds, and the ceilings before and after them.
     """
     draw, sizes = random.Random(shuffle), dict(sizes or {})
     found: list[dict[str, Any]] = []
+    job = dataclasses.replace(job, hold=timeout)
+    if together:
+        timeout *= len(arms) + 1  # the ceilings are one more
 
     def start(name: str) -> Worker:
         kind, settings = arms[name]
@@ -145,12 +153,12 @@ def run_rounds(
         limit = stack.enter_context(
             closing(Worker("ceilings", "ceilings", job, timeout))
         )
-        limits = {"start": limit.turn()}
-        ready = {
+        ready = {  # these compile while the ceilings are measured
             name: stack.enter_context(closing(start(name)))
             for name in arms
             if together
         }
+        limits = {"start": limit.turn()}
         for worker in ready.values():
             worker.prepare()
         if together:
