@@ -43,6 +43,7 @@ from albor.config import load_recipe
 from benchmarks.machine import ROOT, about
 
 MINUTES = 9.0  # of a stage, at most: bare nodes are often lent for ten at a time
+LOOK = 10.0  # seconds from one look at what a stage has to the next
 LARGEST, ALL, FILES = 16 * 2**20, 64 * 2**20, 8  # of what comes back
 PROBLEMS = ("evals/python-intermediate.jsonl", "evals/infilling.jsonl")
 BENCHES = (  # the most telling first; one that is there already is not run again
@@ -142,8 +143,8 @@ def run_limited(
 ) -> Found:
     """Run a command, and end it with all its children after so many seconds.
 
-    What it prints goes to a log of that name. `so_far` is called every ten seconds,
-    to keep what there is in case that we are ended as well.
+    What it prints goes to a log of that name. `so_far` is called now and then, to
+    keep what there is in case that we are ended as well.
     """
     began, log = time.monotonic(), place.work / f"{name}.txt"
     code: int | None = None
@@ -158,7 +159,7 @@ def run_limited(
         try:
             while code is None and (left := began + seconds - time.monotonic()) > 0:
                 try:
-                    code = process.wait(min(left, 10.0))
+                    code = process.wait(min(left, LOOK))
                 except subprocess.TimeoutExpired:
                     so_far()
         finally:
