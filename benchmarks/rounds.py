@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,13 @@ class Worker:
         self.said.seek(0)
         lines = self.said.read().strip().splitlines()
         named = [x for x in lines if END.match(x)]
-        last = [f"ended with {code}, without a word", *lines[-1:], *named]
-        return {"status": f"failed: {last[-1]}"}
+        last = [f"ended with {code}, without a word", *lines[-1:], *named][-1]
+        if last.startswith(
+            "Timeout"
+        ):  # stacks follow, the main thread's at the end
+            tops = [b for a, b in pairwise(lines) if "recent call first" in a]
+            last += re.sub(r"^ +(File \").*/", r" \1", tops[-1]) if tops else ""
+        return {"status": f"failed: {last}"}
 
     def prepare(self) -> None:
         """Wait until it is built and compiled."""

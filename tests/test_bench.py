@@ -384,9 +384,10 @@ def test_the_lock_lets_one_in(
 
 
 HANGS = """
-import ctypes, json
+import ctypes, json, threading, time
 from benchmarks.measure import Lock
 
+threading.Thread(target=time.sleep, args=[99], daemon=True).start()
 Lock("cuda:0", hold=1).take()
 print(json.dumps({"status": "ready"}), flush=True)
 ctypes.PyDLL(None).sleep(99)  # in C, with the interpreter's own lock
@@ -396,10 +397,11 @@ ctypes.PyDLL(None).sleep(99)  # in C, with the interpreter's own lock
 def test_who_hangs_with_the_lock_ends_itself_and_the_next_one_gets_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = subprocess.Popen
+    begin, program = subprocess.Popen, tmp_path / "hangs.py"
+    program.write_text(HANGS)
 
     def other_program(command: list[str], **how: Any) -> subprocess.Popen:
-        return begin([sys.executable, "-c", HANGS], **how)
+        return begin([sys.executable, str(program)], **how)
 
     monkeypatch.setattr(rounds.subprocess, "Popen", other_program)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -410,7 +412,8 @@ def test_who_hangs_with_the_lock_ends_itself_and_the_next_one_gets_it(
         assert worker.status == "ready"
         measure.Lock("cuda:0").take()  # waits for the other's end
         told = worker.turn()
-    assert told["status"].startswith("failed: Timeout (0:00:01")
+    said = 'failed: Timeout (0:00:01)! File "hangs.py", line 8 in <module>'
+    assert told["status"] == said
 
 
 def test_the_lock_of_one_that_is_quick_ends_nobody(
