@@ -438,9 +438,9 @@ def make_plan(place: Place) -> Found:
     if place.pace:
         beside, outside = (20.0, 12.0) if place.rehearse else (190.0, 125.0)
         seconds = place.train_minutes * 60 or place.left - beside - place.evaluating
-        recipe = load_recipe(timed_recipe(place, STEPS, 1))
-        turns = recipe.training.gradient_accumulation
-        tokens = turns * recipe.data.batch_size * recipe.data.seq_len
+        usual = load_recipe(timed_recipe(place, STEPS, 1))
+        turns = usual.training.gradient_accumulation
+        tokens = turns * usual.data.batch_size * usual.data.seq_len
         return lay_plan(seconds, tokens / place.pace, tokens, turns) | {
             "seconds_beside_steps": beside,
             "seconds_outside_training": outside,
