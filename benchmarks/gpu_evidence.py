@@ -91,7 +91,7 @@ class Place:
     @property
     def evaluating(self) -> float:
         """Seconds that the evaluation of the timed run takes."""
-        return 5.0 if self.rehearse else 90.0
+        return 15.0 if self.rehearse else 90.0
 
     @property
     def left(self) -> float:
