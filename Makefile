@@ -72,7 +72,7 @@ lock: $(READY) ## Renew requirements.lock (torch is pinned here instead, with no
 wheelhouse: $(READY) ## Collect what a node without a network lacks (PYTHON_VERSION=3.12)
 	$(BIN)/python -m tools.wheelhouse --to "$(WHEELS)" --python $(PYTHON_VERSION) $(ARGS)
 
-gpu-evidence: ## Measure on a bare node with a GPU, torch and no network (STAGE=, OUT=)
+gpu-evidence: ## Measure on a bare node with a GPU, torch, no network (OUT=, STAGE=run,bench)
 	$(PYTHON) -m benchmarks.gpu_evidence --out "$(OUT)" --stage "$(STAGE)" $(ARGS)
 
 clean: ## Remove the environment and what was built (not your checkpoints and runs)

@@ -51,6 +51,7 @@ class Job:
     warm_up: int = 10
     timed: int = 30
     after: int = 0  # steps behind the timed ones: for losses, and to count copies
+    hold: float = 0.0  # seconds an arm may have the device at a time; 0: no limit
     micro_batch: int = 0  # 0: the arm looks for its best
     settings: dict[str, Any] = field(
         default_factory=dict
@@ -273,6 +274,7 @@ class Ours:
 
 ARMS: dict[str, tuple[Callable[[Job], Loop], dict[str, Any]]] = {
     "ours": (Ours, {"compile": "on GPU"}),
+    "ours-compiled": (Ours, {"compile": "always"}),
     "transformers-eager": (transformers, {}),
     "transformers-compiled": (transformers, {"compile": "always"}),
     "transformers-graphs": (transformers, {"compile": "reduce-overhead"}),
@@ -282,6 +284,7 @@ ARMS: dict[str, tuple[Callable[[Job], Loop], dict[str, Any]]] = {
 }
 
 # What is ours, switched off: name -> (devices it matters on, settings of the arm).
+# Without a device: by --order alone, with a --micro-batch-of its own.
 ABLATIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "allocator as it comes": (("cpu",), {"keep_freed": False}),
     "AdamW not fused": (("cpu",), {"fused": False}),
@@ -291,8 +294,8 @@ ABLATIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "logits all at once": (("cuda",), {"loss_rows": 2**40}),
     "not compiled": (("cuda",), {"compile": "never"}),
     "no CUDA graph": (("cuda",), {"graph": False}),
+    "one CUDA graph": (("cuda",), {"graph": True}),
+    "ours at 64": ((), {}),
     "attention: flash": (("cuda",), {"attention": "flash"}),
-    "attention: cudnn": (("cuda",), {"attention": "cudnn"}),
-    "attention: efficient": (("cuda",), {"attention": "efficient"}),
     "activations computed again": (("cuda",), {"recompute": True}),
 }

@@ -1,7 +1,7 @@
 """Measure on a bare node: a GPU, torch, no network, and not much time.
 
     python -m benchmarks.gpu_evidence --out runs/gpu --wheels wheelhouse
-    python -m benchmarks.gpu_evidence --out runs/gpu --stage run --minutes 8
+    python -m benchmarks.gpu_evidence --out runs/gpu --stages run,bench --until 700
 
 Notable:
 - Four stages of at most nine minutes, the most telling first: correctness, bench,
@@ -9,8 +9,11 @@ Notable:
   had, with the error; the next one still runs.
 - What comes back is at most 8 files in one folder, each under 16 MiB. Weights stay
   behind; their size and SHA-256 come along.
-- The timed run measures a step first and lays its schedule over the minutes there
-  are. What it plans stands in a file; a later call on the same disk goes on.
+- `--until` ends the whole command after so many seconds; `--out` then has a file
+  `done`, written last. A signal to terminate ends it as well, in order.
+- The timed run measures a step first, unless it is told the pace, and lays its
+  schedule over the minutes there are. What it plans stands in a file; a later call
+  on the same disk goes on. Where the clock stops it, what there is is evaluated.
 - `--rehearse` takes the same way with a tiny model on the CPU. Its files say so.
 """
 
@@ -28,28 +31,34 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 
-from albor.artifacts import read_json, read_jsonl, sha256_file, write_json
+from albor.artifacts import digest, read_json, read_jsonl, sha256_file, write_json
 from albor.config import load_recipe
 from benchmarks.machine import ROOT, about
 
 MINUTES = 9.0  # of a stage, at most: bare nodes are often lent for ten at a time
+LOOK = 10.0  # seconds from one look at what a stage has to the next
 LARGEST, ALL, FILES = 16 * 2**20, 64 * 2**20, 8  # of what comes back
 PROBLEMS = ("evals/python-intermediate.jsonl", "evals/infilling.jsonl")
 BENCHES = (  # the most telling first; one that is there already is not run again
-    "--preset 350m-large --rounds 2 --warm-up 2 --timed 2 --after 1 --inside ours"
-    " --micro-batch 32 --micro-batch-of transformers-eager=16"
+    # Arms side by side on a card of 139 GiB. A graph needs five steps to warm up.
+    "--preset 350m-medium --ablate --together --rounds 2 --warm-up 5 --timed 5"
+    " --after 1 --timeout 120 --micro-batch 32 --micro-batch-of 'ours at 64=64'"
+    " --inside ours 'ours at 64' --order ours 'ours at 64' 'attention: flash'"
+    " 'one CUDA graph' 'logits all at once' 'activations computed again'"
+    " 'not compiled'",
+    "--preset 350m-large --rounds 2 --warm-up 2 --timed 2 --after 1 --timeout 120"
+    " --inside ours --micro-batch 32 --micro-batch-of transformers-eager=16"
     " --order ours transformers-compiled transformers-eager plain",
-    "--preset 350m --rounds 2 --warm-up 10 --timed 30 --after 10 --micro-batch 4"
-    " --order ours 'no CUDA graph' transformers-graphs transformers-compiled"
-    " transformers-eager plain",
-    "--preset 350m-medium --ablate --rounds 2 --warm-up 2 --timed 5 --after 0"
-    " --micro-batch 32",
+    "--preset 350m --rounds 2 --warm-up 10 --timed 30 --after 10 --timeout 120"
+    " --micro-batch 4 --order ours 'no CUDA graph' transformers-graphs"
+    " transformers-compiled transformers-eager plain",
 )
 STEPS = 500  # of the timed run, or as near as may be
 TINY = (
@@ -73,9 +82,16 @@ class Place:
     problems: tuple[str, ...] = PROBLEMS
     benches: tuple[str, ...] = BENCHES
     train_minutes: float = 0.0  # of the timed run, over all calls; 0: what is left
+    pace: float = 0.0  # of the timed run, tokens per second; 0: measure it
     unisolated: bool = False
     site: Path | None = None  # of packages that the node lacks
-    end: float = field(default=0.0)  # of the stage, on the monotonic clock
+    until: float = math.inf  # end of the command, on the monotonic clock
+    end: float = field(default=0.0)  # of the stage, on that clock
+
+    @property
+    def evaluating(self) -> float:
+        """Seconds that the evaluation of the timed run takes."""
+        return 15.0 if self.rehearse else 90.0
 
     @property
     def left(self) -> float:
@@ -118,9 +134,20 @@ def family(process: int) -> list[int]:
     return found
 
 
-def run_limited(command: list[str], place: Place, seconds: float) -> Found:
-    """Run a command, and end it with all its children after so many seconds."""
-    began, log = time.monotonic(), place.work / "output.txt"
+def run_limited(
+    name: str,
+    command: list[str],
+    place: Place,
+    seconds: float,
+    so_far: Callable[[], None] = lambda: None,
+) -> Found:
+    """Run a command, and end it with all its children after so many seconds.
+
+    What it prints goes to a log of that name. `so_far` is called now and then, to
+    keep what there is in case that we are ended as well.
+    """
+    began, log = time.monotonic(), place.work / f"{name}.txt"
+    code: int | None = None
     with open(log, "wb") as output:
         process = subprocess.Popen(
             command,
@@ -130,9 +157,11 @@ def run_limited(command: list[str], place: Place, seconds: float) -> Found:
             env=place.environment(),
         )
         try:
-            code: int | None = process.wait(max(0.0, seconds))
-        except subprocess.TimeoutExpired:
-            code = None
+            while code is None and (left := began + seconds - time.monotonic()) > 0:
+                try:
+                    code = process.wait(min(left, LOOK))
+                except subprocess.TimeoutExpired:
+                    so_far()
         finally:
             if process.poll() is None:
                 for one in family(process.pid):
@@ -159,7 +188,11 @@ def need(done: Found, what: str) -> None:
 
 
 def papermill(
-    notebook: str, to: Path, place: Place, seconds: float, **parameters: Any
+    notebook: str,
+    to: Path,
+    place: Place,
+    so_far: Callable[[], None] = lambda: None,
+    **parameters: Any,
 ) -> Found:
     """Execute a notebook of the project; what it printed is in the copy as well."""
     command = [
@@ -171,7 +204,7 @@ def papermill(
     ]
     command += ["--kernel", "python3", "--parameters_yaml", json.dumps(parameters)]
     command += [f"notebooks/{notebook}.ipynb", str(to)]
-    return run_limited(command, place, seconds)
+    return run_limited(to.stem, command, place, place.left, so_far)
 
 
 def bring(name: str, place: Place) -> Path:
@@ -197,7 +230,8 @@ def correctness(place: Place, record: Found) -> None:
     file = place.work / "checks.json"
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu_checks", "--to", str(file)]
-    done = run_limited(command + ["--rehearse"] * place.rehearse, place, place.left)
+    command += ["--rehearse"] * place.rehearse
+    done = run_limited("checks", command, place, place.left)
     if file.exists():
         checks = read_json(file)["checks"]
         record["checks"] = checks
@@ -215,10 +249,12 @@ def bench(place: Place, record: Found) -> None:
     results = record["benches"] = {}
     for arguments in place.benches:
         name = re.sub(r"[^a-z0-9]+", "-", arguments.lower()).strip("-")
+        name = f"{name[:40]}-{digest([arguments])[:8]}"
         file = place.work / f"bench-{name}.json"
-        part = file.with_suffix(".part")  # what one had that was cut off
-        told: Found = {"seconds": 0.0, "tail": ["from an earlier call"]}
+        told: Found = {"code": None, "seconds": 0.0, "tail": []}
+        so_far = partial(keep_bench, told, file, record, place)
         if file.exists():
+            told["tail"] = ["from an earlier call"]
             told["code"] = int(bool(read_json(file)["errors"]))
         else:
             if place.left < (5 if place.rehearse else 60):
@@ -226,15 +262,22 @@ def bench(place: Place, record: Found) -> None:
                 continue
             command = [sys.executable, "-m", "benchmarks.training"]
             command += [*shlex.split(arguments), "--out", str(file)]
-            told = run_limited(command, place, place.left)
+            results[arguments] = told
+            told |= run_limited(file.stem, command, place, place.left, so_far)
         results[arguments] = told
-        if file.exists():
-            told["result"] = read_json(file)
-        elif part.exists():
-            told["rounds"] = read_json(part)
-        write_json(place.out / "gpu-bench.json", record)
+        so_far()
     if bad := [name for name, one in results.items() if one.get("code", 0) != 0]:
         raise StageError(f"not sound or not done: {'; '.join(bad)}")
+
+
+def keep_bench(told: Found, file: Path, record: Found, place: Place) -> None:
+    """Write down what a benchmark has, or had when it was cut off."""
+    part = file.with_suffix(".part")
+    if file.exists():
+        told["result"] = read_json(file)
+    elif part.exists():
+        told["rounds"] = read_json(part)
+    write_json(place.out / "gpu-bench.json", record)
 
 
 def limited(place: Place, name: str) -> Path:
@@ -262,18 +305,20 @@ def trial(place: Place, record: Found) -> None:
         told |= {"config": "pretrain-tiny", "precision": "fp32", "max_steps": 5}
         told |= {"corpus": "json"}
     notebook = place.out / "gpu-trial.ipynb"
-    done = papermill("pretrain", notebook, place, place.left, **told)
-    record |= {"parameters": told, "seconds_in_all": done["seconds"]}
+    record["parameters"] = told
+    so_far = partial(keep_log, folder, record, place)
+    done = papermill("pretrain", notebook, place, so_far, **told)
+    record["seconds_in_all"] = done["seconds"]
     record |= made(folder)
     need(done, "the trial")
     shutil.rmtree(folder)  # some gigabytes
 
 
-def made(folder: Path) -> Found:
-    """What a run left in its folder: metrics, record, sizes and hashes."""
+def logged(folder: Path) -> Found:
+    """What a run has logged up to now."""
     found: Found = {}
-    if (folder / "metrics.jsonl").exists():
-        lines = read_jsonl(folder / "metrics.jsonl")
+    log = folder / "metrics.jsonl"
+    if log.exists() and (lines := read_jsonl(log)):
         losses = [line["loss"] for line in lines]
         found["loss"] = {
             "first": losses[0],
@@ -282,6 +327,18 @@ def made(folder: Path) -> Found:
         }
         found["stepping_seconds"] = sum(seconds_of_steps(lines))
         found["metrics"] = lines
+    return found
+
+
+def keep_log(folder: Path, record: Found, place: Place) -> None:
+    """Write down what a run has logged up to now."""
+    record |= logged(folder)
+    write_json(place.out / f"gpu-{record['stage']}.json", record)
+
+
+def made(folder: Path) -> Found:
+    """What a run left in its folder: metrics, record, sizes and hashes."""
+    found = logged(folder)
     if (folder / "final_model.json").exists():
         found["final_model"] = read_json(folder / "final_model.json")
         found["files"] = {
@@ -375,8 +432,20 @@ def common(place: Place) -> Found:
 def make_plan(place: Place) -> Found:
     """Take a few steps as the run will; lay the schedule over the time left.
 
-    They also prepare tokenizer and tokens, which the run then finds.
+    They also prepare tokenizer and tokens, which the run then finds. Where the pace
+    is given nothing is measured, and the run prepares them itself.
     """
+    if place.pace:
+        beside, outside = (20.0, 12.0) if place.rehearse else (190.0, 125.0)
+        seconds = place.train_minutes * 60 or place.left - beside - place.evaluating
+        usual = load_recipe(timed_recipe(place, STEPS, 1))
+        turns = usual.training.gradient_accumulation
+        tokens = turns * usual.data.batch_size * usual.data.seq_len
+        return lay_plan(seconds, tokens / place.pace, tokens, turns) | {
+            "seconds_beside_steps": beside,
+            "seconds_outside_training": outside,
+            "pace_given": place.pace,
+        }
     few = 6 if place.rehearse else 24
     folder = place.work / "measure"
     shutil.rmtree(folder, ignore_errors=True)
@@ -384,7 +453,7 @@ def make_plan(place: Place) -> Found:
     told = common(place) | {"config": within(recipe), "output_dir": within(folder)}
     told |= {"save_minutes": 0}
     copy = place.work / "measure.ipynb"
-    done = papermill("pretrain", copy, place, place.left, **told)
+    done = papermill("pretrain", copy, place, **told)
     need(done, "measuring")
     lines = read_jsonl(folder / "metrics.jsonl")
     shutil.rmtree(folder)
@@ -392,17 +461,18 @@ def make_plan(place: Place) -> Found:
     per_step = statistics.median(seconds_of_steps(lines)[few // 2 :])
     once = seconds_in(copy, ("tokenizer", "tokens"))  # the run will find those
     beside = max(0.0, done["seconds"] - few * per_step - once)
-    evaluating = 5.0 if place.rehearse else 90.0
-    seconds = place.train_minutes * 60 or place.left - beside - evaluating
+    inside = seconds_in(copy, ("training", "guards"))
+    seconds = place.train_minutes * 60 or place.left - beside - place.evaluating
     turns = load_recipe(recipe).training.gradient_accumulation
     return lay_plan(seconds, per_step, lines[0]["tokens"], turns) | {
         "seconds_beside_steps": beside,
+        "seconds_outside_training": max(0.0, done["seconds"] - inside - once),
         "measured_in": done["seconds"],
     }
 
 
 def run(place: Place, record: Found) -> None:
-    """The timed run: plan, train or go on, and evaluate when it is finished."""
+    """The timed run: plan, train or go on, and evaluate what there is."""
     file, folder = place.work / "plan.json", place.work / "run"
     if not file.exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -413,22 +483,26 @@ def run(place: Place, record: Found) -> None:
     recipe = timed_recipe(place, *(plan[size] for size in sizes))
     ended = folder / "final_model.json"
     if not (ended.exists() and read_json(ended)["finished"]):
-        spare = place.left - plan["seconds_beside_steps"]
+        left = place.left - place.evaluating
+        spare = left - plan["seconds_beside_steps"]
         if spare < 4 * plan["seconds_per_step"]:
             raise StageError(
                 f"{place.left:.0f} s are left, and a run spends "
-                f"{plan['seconds_beside_steps']:.0f} s beside its steps; call again"
+                f"{place.left - spare:.0f} s beside its steps; call again"
             )
         told = common(place) | {
             "config": within(recipe),
             "output_dir": within(folder),
             "resume": True,
-            "max_minutes": spare / 60,
+            # Of a call of `train`, which compiles first, judges and saves.
+            "max_minutes": (left - plan["seconds_outside_training"]) / 60,
             "save_minutes": 3,
         }
+        record["parameters"] = told
+        so_far = partial(keep_log, folder, record, place)
         copy = place.out / "gpu-run.ipynb"
-        done = papermill("pretrain", copy, place, place.left, **told)
-        record |= {"parameters": told, "seconds_of_call": done["seconds"]}
+        done = papermill("pretrain", copy, place, so_far, **told)
+        record["seconds_of_call"] = done["seconds"]
         record |= made(folder)
         write_json(place.out / "gpu-run.json", record)
         need(done, "the run")
@@ -439,22 +513,22 @@ def run(place: Place, record: Found) -> None:
     if not record["complete"]:
         steps = record["final_model"]["steps"]
         record["note"] = f"{steps} of {plan['steps']} steps; call again to go on"
-        return
+    write_json(place.out / "gpu-run.json", record)
     if not place.rehearse and place.left < 60:
-        record["note"] = "no time was left for the evaluation; call again"
-        return
+        raise StageError("no time was left for the evaluation; call again")
     evaluate(place, record, folder)
 
 
 def evaluate(place: Place, record: Found, folder: Path) -> None:
     """The evaluation job on what the run made; it goes on where it was cut off."""
+    judged = place.work / f"evaluation-{record['final_model']['steps']}"
     provenance = read_json(folder / "provenance.json")
     told = {
         "checkpoint": within(folder),
         "problems": os.pathsep.join(place.problems),
         "val": f"data/{provenance['data']}",
         "seq_len": provenance["recipe"]["data"]["seq_len"],
-        "output_dir": within(place.work / "evaluation"),
+        "output_dir": within(judged),
         "precision": "fp32" if place.rehearse else "bf16",
         "batch_size": 4 if place.rehearse else 64,
         "allow_unisolated": place.unisolated,
@@ -462,9 +536,9 @@ def evaluate(place: Place, record: Found, folder: Path) -> None:
     if place.rehearse:
         told |= {"limit": 1, "max_new_tokens": 4, "problems": PROBLEMS[1]}
     notebook = place.out / "gpu-evaluate.ipynb"
-    done = papermill("evaluate", notebook, place, place.left, **told)
+    done = papermill("evaluate", notebook, place, **told)
     record["evaluation_parameters"] = told
-    results = place.work / "evaluation" / "results.json"
+    results = judged / "results.json"
     if results.exists():
         record["evaluation"] = read_json(results)
     record["original"] = {
@@ -522,17 +596,25 @@ STAGES: dict[str, Callable[[Place, Found], None]] = {
 
 def run_stage(name: str, place: Place) -> Found:
     """Run a stage and write its file, whatever happens."""
-    place.end = time.monotonic() + place.minutes * 60
+
+    def terminate(*_: Any) -> None:
+        place.until = time.monotonic()  # for what would come after
+        raise StageError("it was told to terminate")
+
+    place.end = min(time.monotonic() + place.minutes * 60, place.until)
     began, device = time.monotonic(), "cpu" if place.rehearse else "cuda"
     record: Found = {"stage": name} | about(torch.device(device))
     record |= {"finished": False, "error": "it was cut off"}
     path = place.out / f"gpu-{name}.json"
     write_json(path, record)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         STAGES[name](place, record)
         record |= {"finished": True, "error": None}
     except Exception as error:  # the next stage still runs
         record["error"] = f"{type(error).__name__}: {error}"
+    finally:
+        signal.signal(signal.SIGTERM, before)
     record["seconds"] = round(time.monotonic() - began, 1)
     write_json(path, record)
     return record
@@ -573,14 +655,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of what comes back")
-    add("--stage", default="all", help=f"{', '.join(STAGES)}, 1 to 4, or all")
+    add(
+        "--stage",
+        "--stages",
+        dest="stages",
+        default="all",
+        help=f"{', '.join(STAGES)}, 1 to 4, several with commas, or all",
+    )
     add("--minutes", type=float, default=MINUTES, help="of each stage, at most 9")
+    add("--until", type=float, default=math.inf, help="seconds of all stages")
     add(
         "--train-minutes",
         type=float,
         default=0.0,
         help="of the timed run, all calls",
     )
+    add("--pace", type=float, default=0.0, help="of its steps, in tokens/s")
     add("--wheels", type=Path, help="folder of `make wheelhouse`")
     add("--work", type=Path, default=ROOT / "runs/gpu-work", help="what stays")
     add("--problems", action="append", help="a file of problems more, as HumanEval")
@@ -590,11 +680,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--rehearse", action="store_true", help="tiny, on the CPU")
     given = parser.parse_args(arguments)
-    names = [*STAGES]
-    if given.stage.isdecimal() and 1 <= int(given.stage) <= len(names):
-        given.stage = names[int(given.stage) - 1]
-    if given.stage not in (*names, "all"):
-        parser.error(f"--stage {given.stage}: there are {', '.join(names)} and all")
+    known = {str(i): name for i, name in enumerate(STAGES, 1)}
+    asked = ",".join(STAGES) if given.stages == "all" else given.stages
+    given.stages = [known.get(name, name) for name in asked.split(",")]
+    if wrong := [name for name in given.stages if name not in STAGES]:
+        parser.error(f"--stage {wrong[0]}: there are {', '.join(STAGES)} and all")
+    if not given.until > 0:
+        parser.error(f"--until {given.until:g}: more than 0")
+    if not 0 <= given.pace < math.inf:
+        parser.error(
+            f"--pace {given.pace:g}: tokens per second, or 0 to measure it"
+        )
     if not 0 < given.minutes <= MINUTES:
         parser.error(
             f"--minutes {given.minutes:g}: more than 0, at most {MINUTES:g}"
@@ -608,12 +704,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stages asked for; 0 if all of them finished."""
-    given = parse(arguments)
+    began, given = time.monotonic(), parse(arguments)
     out, work = given.out.resolve(), given.work.resolve()
     for folder in (out, work):
         folder.mkdir(parents=True, exist_ok=True)
+    (out / "done").unlink(missing_ok=True)
     place = Place(out, work, given.rehearse, given.minutes)
     place.problems += tuple(given.problems or ())
+    place.until, place.pace = began + given.until, given.pace
     place.train_minutes, place.unisolated = given.train_minutes, given.unisolated
     if given.bench or given.rehearse:
         place.benches = tuple(given.bench or [f"{TINY} --random --device cpu"])
@@ -621,16 +719,23 @@ def main(arguments: list[str] | None = None) -> int:
         place.site = work / "site"
         install(given.wheels, place.site)
     sound = True
-    for name in STAGES if given.stage == "all" else [given.stage]:
+    for name in given.stages:
         print(f"{name}: {'a rehearsal, ' * given.rehearse}", end="", flush=True)
+        if time.monotonic() >= place.until:
+            print("not begun, no time is left", flush=True)
+            sound = False
+            continue
         record = run_stage(name, place)
-        sound = sound and record["finished"]
+        sound = sound and record["finished"] and record.get("complete", True)
         said = "finished" if record["finished"] else record["error"]
+        if "note" in record:
+            said += f", stopped by the clock: {record['note']}"
         print(f"{said} ({record['seconds']:.0f} s)", flush=True)
     for line in keep_limits(out):
         print(f"too large to come back, removed: {line}")
     for path in sorted(out.glob("gpu-*")):
         print(f"{path.stat().st_size:>12,}  {path.name}")
+    (out / "done").touch()  # who waits for this finds all the others
     return 0 if sound else 1
 
 

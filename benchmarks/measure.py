@@ -8,13 +8,16 @@ Arms on one GPU compile side by side. One at a time has the use of the device, f
 its first step or its turn: there is a lock for that, and then it frees its memory.
 """
 
+import ctypes
 import dataclasses
+import faulthandler
 import fcntl
 import gc
 import json
 import math
 import os
 import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -68,10 +71,14 @@ class Clock:
 
 
 class Lock:
-    """The GPU, for one process at a time, while others compile."""
+    """The GPU, for one process at a time, while others compile.
 
-    def __init__(self, device: str) -> None:
-        self.file, self.waited = None, 0.0  # seconds
+    Who has it for more than `hold` seconds is ended, also when it hangs in C, and
+    so lets it go; the stack it hung with is in its errors. 0: no limit.
+    """
+
+    def __init__(self, device: str, hold: float = 0.0) -> None:
+        self.file, self.hold, self.waited = None, hold, 0.0  # seconds
         if device != "cpu":
             number = torch.device(device).index or 0
             name = f"albor-{os.getuid()}-cuda-{number}.lock"
@@ -82,6 +89,8 @@ class Lock:
         began = time.perf_counter()
         if self.file:
             fcntl.flock(self.file, fcntl.LOCK_EX)
+            if self.hold:
+                faulthandler.dump_traceback_later(self.hold, exit=True)
         self.waited += time.perf_counter() - began
 
     def give_back(self) -> None:
@@ -89,7 +98,15 @@ class Lock:
         if self.file:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+            faulthandler.cancel_dump_traceback_later()
             fcntl.flock(self.file, fcntl.LOCK_UN)
+
+
+def end_with_parent() -> None:
+    """Let Linux end this process when the one that began it ends."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def use_device(name: str) -> None:
@@ -178,7 +195,7 @@ class Arm:
 
     def __init__(self, name: str, job: Job) -> None:
         build, settings = ARMS[name]
-        self.job, self.lock, self.done = job, Lock(job.device), 1
+        self.job, self.lock, self.done = job, Lock(job.device, job.hold), 1
         job.settings = {**settings, **job.settings}
         if job.settings.get("compile") == "on GPU":
             job.settings["compile"] = "never" if job.device == "cpu" else "always"
@@ -264,7 +281,7 @@ class Arm:
         for one in (one for one in records if one.kind in GPU):
             sums = kernels.setdefault(one.name[:80], [0.0, 0])
             sums[0], sums[1] = sums[0] + one.duration / 1000, sums[1] + 1
-        longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:25]
+        longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:100]
         return {
             "events": dataclasses.asdict(sort_events(records)),
             "events_steps": number,
@@ -277,7 +294,7 @@ class Limits:
     """What the machine gives at most, in the place of an arm."""
 
     def __init__(self, name: str, job: Job) -> None:
-        self.job, self.lock = job, Lock(job.device)
+        self.job, self.lock = job, Lock(job.device, job.hold)
         use_device(job.device)
 
     def turn(self) -> dict[str, Any]:
@@ -320,6 +337,7 @@ def ceilings(job: Job) -> dict[str, Any]:
 
 def main() -> None:
     """Prepare the arm that the command line names; a turn for every line read."""
+    end_with_parent()
     name, path = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer

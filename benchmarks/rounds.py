@@ -13,12 +13,16 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from albor.artifacts import write_json
 from albor.config import project_path
 from benchmarks.arms import Job
+
+# Lines that say why a process ended; the second is the watchdog's of a lock.
+END = re.compile(r"[\w.]+(Error|Unsupported)\b|Timeout \(")
 
 
 class Worker:
@@ -74,9 +78,12 @@ class Worker:
             return {"status": f"failed: not done after {self.timeout:g} s"}
         self.said.seek(0)
         lines = self.said.read().strip().splitlines()
-        named = [x for x in lines if re.match(r"[\w.]+(Error|Unsupported)\b", x)]
-        last = [f"ended with {code}, without a word", *lines[-1:], *named]
-        return {"status": f"failed: {last[-1]}"}
+        named = [x for x in lines if END.match(x)]
+        last = [f"ended with {code}, without a word", *lines[-1:], *named][-1]
+        if last.startswith("Timeout"):  # stacks follow; the main thread's is the last
+            tops = [b for a, b in pairwise(lines) if "recent call first" in a]
+            last += re.sub(r"^ +(File \").*/", r" \1", tops[-1]) if tops else ""
+        return {"status": f"failed: {last}"}
 
     def prepare(self) -> None:
         """Wait until it is built and compiled."""
@@ -123,12 +130,17 @@ def run_rounds(
 
     `together`: they are prepared side by side and then take turns, for a machine
     with a GPU and many cores. Else an arm is a new process in every round.
+    `timeout`: seconds that an arm may take; when they share a device, that it may
+    have the device at a time, while the others wait for longer than all of these.
     `inside`: arms with steps after the timed ones; none means all. `sizes`:
     micro-batches that are known. `keep`: a file for what there is after each turn.
     Returns the rounds, and the ceilings before and after them.
     """
     draw, sizes = random.Random(shuffle), dict(sizes or {})
     found: list[dict[str, Any]] = []
+    job = dataclasses.replace(job, hold=timeout)
+    if together:
+        timeout *= len(arms) + 1  # the ceilings are one more
 
     def start(name: str) -> Worker:
         kind, settings = arms[name]
@@ -145,12 +157,12 @@ def run_rounds(
         limit = stack.enter_context(
             closing(Worker("ceilings", "ceilings", job, timeout))
         )
-        limits = {"start": limit.turn()}
-        ready = {
+        ready = {  # these compile while the ceilings are measured
             name: stack.enter_context(closing(start(name)))
             for name in arms
             if together
         }
+        limits = {"start": limit.turn()}
         for worker in ready.values():
             worker.prepare()
         if together:

@@ -5,8 +5,11 @@ import fcntl
 import importlib
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -380,6 +383,137 @@ def test_the_lock_lets_one_in(
     assert measure.Lock("cpu").file is None
 
 
+HANGS = """
+import ctypes, json, threading, time
+from benchmarks.measure import Lock
+
+threading.Thread(target=time.sleep, args=[99], daemon=True).start()
+Lock("cuda:0", hold=1).take()
+print(json.dumps({"status": "ready"}), flush=True)
+ctypes.PyDLL(None).sleep(99)  # in C, with the interpreter's own lock
+"""
+
+
+def test_who_hangs_with_the_lock_ends_itself_and_the_next_one_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, program = subprocess.Popen, tmp_path / "hangs.py"
+    program.write_text(HANGS)
+
+    def other_program(command: list[str], **how: Any) -> subprocess.Popen:
+        return begin([sys.executable, str(program)], **how)
+
+    monkeypatch.setattr(rounds.subprocess, "Popen", other_program)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(measure.tempfile, "gettempdir", lambda: str(tmp_path))
+    one = job(folder=str(tmp_path))
+    with closing(rounds.Worker("hangs", "hangs", one, 60)) as worker:
+        worker.prepare()
+        assert worker.status == "ready"
+        measure.Lock("cuda:0").take()  # waits for the other's end
+        told = worker.turn()
+    said = 'failed: Timeout (0:00:01)! File "hangs.py", line 8 in <module>'
+    assert told["status"] == said
+
+
+def test_the_lock_of_one_that_is_quick_ends_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(measure.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("waited"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    dog = measure.faulthandler
+    monkeypatch.setattr(
+        dog, "dump_traceback_later", lambda s, exit: said.append((s, exit))
+    )
+    monkeypatch.setattr(
+        dog, "cancel_dump_traceback_later", lambda: said.append("cancelled")
+    )
+    lock = measure.Lock("cuda:0", hold=7)
+    lock.take()
+    lock.give_back()
+    assert said == [(7, True), "waited", "cancelled"], "a wait may hang as well"
+    measure.Lock("cpu", hold=7).take()
+    assert len(said) == 3
+
+
+SLEEPS = """
+import os, sys, time
+from benchmarks import measure
+
+
+def Path(_):  # stands for an arm at work: it reads no standard input
+    print(os.getpid(), file=sys.stderr, flush=True)
+    time.sleep(99)
+
+
+measure.Path = Path
+sys.argv = ["measure", "ours", "job.json"]
+measure.main()
+"""
+STARTS = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1]], start_new_session=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a request to Linux")
+def test_an_arm_dies_with_the_process_that_began_it() -> None:
+    command = [sys.executable, "-c", STARTS, SLEEPS]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert parent.stderr
+    with parent.stderr:
+        arm = int(parent.stderr.readline())
+        # Ends when the arm, which holds the other end, is gone.
+        reader = threading.Thread(target=parent.stderr.read)
+        reader.start()
+        parent.kill()
+        parent.wait()
+        reader.join(20)
+        lives_on = reader.is_alive()
+        if lives_on:
+            os.kill(arm, signal.SIGKILL)
+        reader.join()
+    assert not lives_on
+
+
+class Waits:
+    """Stands for a worker; tells who was begun and asked, and how patient it is."""
+
+    said: list[Any] = []  # noqa: RUF012
+
+    def __init__(self, name: str, kind: str, job: Job, timeout: float) -> None:
+        self.name = name
+        self.said.append(("began", name, job.hold, timeout))
+
+    def prepare(self) -> None:
+        self.said.append(("prepared", self.name))
+
+    def turn(self) -> dict[str, Any]:
+        self.said.append(("turn", self.name))
+        return {"status": "measured", "micro_batch": 4, "ms": [1.0]}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_who_waits_for_others_waits_longer_than_they_may_take(
+    monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    monkeypatch.setattr(rounds, "Worker", Waits)
+    monkeypatch.setattr(Waits, "said", [])
+    arms = {"a": ("ours", {}), "b": ("plain", {})}
+    rounds.run_rounds(arms, job(), 1, timeout=10.0, together=together)
+    began = [one for one in Waits.said if one[0] == "began"]
+    patience = 30.0 if together else 10.0
+    names = ("ceilings", "a", "b")
+    assert began == [("began", name, 10.0, patience) for name in names]
+    if together:  # all compile while the ceilings are measured
+        assert Waits.said[3] == ("turn", "ceilings")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ours", "transformers-compiled"])
 def test_the_device_is_asked_for_when_all_is_compiled(
@@ -429,6 +563,35 @@ def test_an_arm_that_hangs_is_ended(tmp_path: Path) -> None:
     with closing(rounds.Worker("ours", "ours", one, 0.2)) as worker:
         told = worker.turn()
     assert told["status"].startswith("failed: not done")
+
+
+def test_which_arms_run_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = "cpu"
+    monkeypatch.setattr(training, "pick_device", lambda _: torch.device(device))
+
+    def names(*told: str) -> list[str]:
+        arms, _ = training.choose_arms(training.parse(told))
+        return list(arms)
+
+    assert names("--preset", "small") == list(ARMS)
+    large = names("--preset", "350m")
+    assert large == [name for name in ARMS if name != "ours-compiled"]
+    asked = ["--order", "ours", "ours-compiled"]
+    assert names("--preset", "350m", *asked) == asked[1:]
+    device = "cuda"
+    alone = {"transformers-untuned", "ours-compiled"}
+    assert names() == [name for name in ARMS if name not in alone]
+    with pytest.raises(SystemExit, match="no \\['ours-compiled'\\]"):
+        names(*asked)
+    # What ours does anyway is no ablation of it: large steps have no graph.
+    graphs = {"one CUDA graph", "no CUDA graph", "AdamW not fused, no CUDA graph"}
+    many = names("--ablate", "--preset", "350m-medium")
+    few = names("--ablate", "--preset", "350m")
+    assert graphs - {*many} == graphs - {"one CUDA graph"}
+    assert graphs - {*few} == {"one CUDA graph"}
+    assert "ours at 64" not in {*many, *few}
+    told = ["--order", "ours at 64", "--micro-batch-of", "ours at 64=64"]
+    assert names("--ablate", *told) == ["ours at 64"]
 
 
 def test_unknown_arms_are_named() -> None:

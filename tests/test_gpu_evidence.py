@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 
 from albor.artifacts import append_jsonl, read_json, write_json
 from albor.config import load_recipe
-from benchmarks import gpu_checks, gpu_evidence, gpu_keep, machine
+from benchmarks import gpu_checks, gpu_evidence, gpu_keep, machine, training
 from benchmarks.gpu_evidence import (
     FILES,
     STAGES,
@@ -72,7 +73,7 @@ def test_at_its_limit_a_command_ends_with_children_of_other_sessions(place: Plac
         "print('child', p.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    done = run_limited([sys.executable, "-c", code], place, 5)
+    done = run_limited("one", [sys.executable, "-c", code], place, 5)
     assert done["code"] is None and 5 <= done["seconds"] < 30
     process = int(done["tail"][-1].split()[1])
     for _ in range(50):
@@ -104,7 +105,7 @@ def test_a_command_sees_the_project_and_no_gpu_when_rehearsing(
         "import os, albor; print(os.environ['CUDA_VISIBLE_DEVICES'] == '',"
         " 'ALBOR_TEST' in os.environ, albor.__file__); raise SystemExit(3)"
     )
-    done = run_limited([sys.executable, "-c", code], place, 60)
+    done = run_limited("one", [sys.executable, "-c", code], place, 60)
     assert done["code"] == 3
     assert done["tail"] == [f"True False {ROOT / 'albor' / '__init__.py'}"]
     with pytest.raises(StageError, match="it ended with 3:\nTrue False"):
@@ -139,6 +140,7 @@ def test_a_stage_that_fails_leaves_what_it_had_and_the_next_one_runs(
         assert (record["device"], record["rehearsal"]) == ("cpu", True)
         assert record["gpu"] is None and len(record["source"]) == 64
     assert "bad: a rehearsal, ValueError: no such luck" in capsys.readouterr().out
+    assert (out / "done").exists()
     assert main([*told, "--stage", "2"]) == 0
 
 
@@ -159,11 +161,22 @@ def test_slips_on_the_command_line_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     told = ["--out", str(tmp_path), "--rehearse"]
-    assert [parse([*told, "--stage", str(n)]).stage for n in (1, 2, 3, 4)] == [
-        *STAGES
-    ]
+    numbers = [parse([*told, "--stage", str(n)]).stages for n in (1, 2, 3, 4)]
+    assert numbers == [[name] for name in STAGES]
+    assert (
+        parse(told).stages == parse([*told, "--stage", "all"]).stages == [*STAGES]
+    )
+    some = parse([*told, "--stages", "run,2,correctness"]).stages
+    assert some == ["run", "bench", "correctness"]
     for slip, reason in (
         (["--stage", "5"], "there are correctness, bench, trial, run and all"),
+        (
+            ["--stages", "run,all"],
+            "there are correctness, bench, trial, run and all",
+        ),
+        (["--until", "0"], "--until 0: more than 0"),
+        (["--pace", "inf"], "--pace inf: tokens per second"),
+        (["--pace", "nan"], "--pace nan: tokens per second"),
         (["--minutes", "10"], "more than 0, at most 9"),
         (["--minutes", "nan"], "more than 0, at most 9"),
     ):
@@ -192,7 +205,8 @@ def test_wheels_are_unpacked_where_every_process_finds_them(
     place.site = place.work / "site"
     gpu_evidence.install(wheels, place.site)
     code = "import lacking; print(lacking.answer)"
-    assert run_limited([sys.executable, "-c", code], place, 60)["tail"] == ["42"]
+    done = run_limited("one", [sys.executable, "-c", code], place, 60)
+    assert done["tail"] == ["42"]
 
 
 # --------------------------------------------------------------- the timed run
@@ -279,11 +293,13 @@ class Notebooks:
     def __init__(self, place: Place, ends: list[int]) -> None:
         self.place, self.ends, self.calls = place, ends, []
 
-    def __call__(self, notebook, to, place, seconds, **told):
+    def __call__(self, notebook, to, place, so_far=lambda: None, **told):
         self.calls.append((notebook, told))
         folder = Path(told["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
-        to.write_text(json.dumps({"cells": []}))
+        text = "tokens 1.0 s 9.0%\ntraining 6.0 s 9.0%\nguards 2.0 s 9.0%\n"
+        cells = [{"outputs": [{"text": text}]}]
+        to.write_text(json.dumps({"cells": cells}))
         if notebook == "evaluate":
             write_json(folder / "results.json", {"perplexity": {"loss": 1.5}})
             return {"code": 0, "seconds": 1.0, "tail": []}
@@ -295,6 +311,7 @@ class Notebooks:
             line = {"step": step, "loss": 9.0 - step / 99, "tokens": 512}
             line["tokens_per_second"] = 512 / 0.5
             append_jsonl(log, line)
+        so_far()
         recipe = load_recipe(told["config"]).to_dict()
         write_json(folder / "provenance.json", {"data": "abc", "recipe": recipe})
         made = {"finished": end == steps, "steps": end}
@@ -313,13 +330,14 @@ def test_a_run_is_planned_once_stopped_resumed_and_evaluated(
     # Measured: 0.5 s for two micro-batches. So few fit that a step takes one.
     assert plan["gradient_accumulation"] == 1 and plan["seconds_per_step"] == 0.25
     assert plan["tokens_per_step"] == 256
-    assert plan["seconds_beside_steps"] == 13.0 - 6 * 0.5
+    assert plan["seconds_beside_steps"] == 13.0 - 1.0 - 6 * 0.5
+    assert plan["seconds_outside_training"] == 13.0 - 1.0 - 6.0 - 2.0
     seconds = plan["seconds_of_steps"]
-    assert 40 < seconds < 60 - 10 - 5 + 0.1
+    assert 30 < seconds < 60 - 9 - 15 + 0.1
     assert plan["steps"] == int(0.95 * seconds / 0.25)
     assert first["note"] == f"30 of {plan['steps']} steps; call again to go on"
-    assert "evaluation" not in first and len(first["metrics"]) == 30
-    assert first["complete"] is False
+    assert first["evaluation"] == {"perplexity": {"loss": 1.5}}, "always"
+    assert first["complete"] is False and len(first["metrics"]) == 30
     assert not (place.work / "measure").exists()
 
     second = run_stage("run", place)
@@ -331,10 +349,13 @@ def test_a_run_is_planned_once_stopped_resumed_and_evaluated(
     assert (place.out / "gpu-run.png").stat().st_size > 1000
 
     names = [name for name, _ in notebooks.calls]
-    assert names == ["pretrain", "pretrain", "pretrain", "evaluate"]
-    _, one, two, told = (told for _, told in notebooks.calls)
+    assert names == ["pretrain", "pretrain", "evaluate", "pretrain", "evaluate"]
+    _, one, before, two, told = (told for _, told in notebooks.calls)
     assert one["resume"] is two["resume"] is True
-    assert one["config"] == two["config"] and 0 < two["max_minutes"] < 1
+    assert one["config"] == two["config"]
+    # Until then all must be done but what follows the training, and the evaluation.
+    assert 60 - 4 - 15 - 5 < 60 * two["max_minutes"] < 60 - 4 - 15 + 0.1
+    assert before["output_dir"] != told["output_dir"], "other weights"
     assert told["val"] == "data/abc" and told["checkpoint"] == str(
         place.work / "run"
     )
@@ -343,8 +364,139 @@ def test_a_run_is_planned_once_stopped_resumed_and_evaluated(
         path.unlink()
     third = run_stage("run", place)
     assert third["finished"] and len(third["metrics"]) == plan["steps"]
-    assert [name for name, _ in notebooks.calls][4:] == ["evaluate"]
+    assert [name for name, _ in notebooks.calls][5:] == ["evaluate"]
     assert (place.out / "gpu-run.ipynb").exists()
+
+
+def test_a_given_pace_is_not_measured(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    notebooks = Notebooks(place, [999])
+    monkeypatch.setattr(gpu_evidence, "papermill", notebooks)
+    place.pace = 1024.0
+    record = run_stage("run", place)
+    assert record["finished"] and record["complete"]
+    plan = record["plan"]
+    assert plan["pace_given"] == 1024 and "measured_in" not in plan
+    assert plan["tokens_per_step"] == 256 and plan["seconds_per_step"] == 0.25
+    assert 20 < plan["seconds_of_steps"] < 60 - 20 - 15 + 0.1
+    assert [name for name, _ in notebooks.calls] == ["pretrain", "evaluate"]
+    assert Path(notebooks.calls[0][1]["output_dir"]).name == "run"
+
+
+def test_what_a_run_has_logged_comes_back_before_it_ends(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    class Killed(BaseException):
+        pass
+
+    def papermill(notebook, to, place, so_far, **told):
+        folder = Path(told["output_dir"])
+        folder.mkdir()
+        (folder / "metrics.jsonl").touch()
+        so_far()  # nothing is there yet
+        append_jsonl(folder / "metrics.jsonl", {"loss": 7.5, "tokens": 512})
+        so_far()
+        raise Killed
+
+    monkeypatch.setattr(gpu_evidence, "papermill", papermill)
+    place.pace = 1024.0
+    for stage in ("run", "trial"):
+        with pytest.raises(Killed):
+            run_stage(stage, place)
+        record = read_json(place.out / f"gpu-{stage}.json")
+        assert record["loss"]["last"] == 7.5 and len(record["metrics"]) == 1
+        assert record["error"] == "it was cut off" and record["parameters"]
+
+
+def test_a_command_is_looked_at_while_it_runs(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    looks = []
+
+    def so_far():
+        looks.append(time.monotonic())
+
+    monkeypatch.setattr(gpu_evidence, "LOOK", 0.1)
+    done = run_limited("one", ["sleep", "9"], place, 0.5, so_far)
+    assert done["code"] is None and 2 <= len(looks) <= 5
+    assert run_limited("two", ["echo", "well"], place, 9, so_far)["code"] == 0
+    logs = {path.name: path.read_text() for path in place.work.iterdir()}
+    assert logs == {"one.txt": "", "two.txt": "well\n"}
+
+
+# ------------------------------------------------------------- the whole command
+
+TERMINATED = """
+import sys, time
+from benchmarks import gpu_evidence
+
+
+def slow(place, record):
+    record["had"] = 1
+    print("under way", flush=True)
+    gpu_evidence.run_limited("slow", ["sleep", "99"], place, 99)
+
+
+gpu_evidence.STAGES = {"slow": slow, "next": slow}
+sys.exit(gpu_evidence.main(sys.argv[1:]))
+"""
+
+
+def test_told_to_terminate_it_writes_what_it_has_and_stops(tmp_path: Path):
+    out = tmp_path / "out"
+    told = ["--out", str(out), "--work", str(tmp_path / "work"), "--rehearse"]
+    command = [sys.executable, "-c", TERMINATED, *told]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout
+    assert "under way" in process.stdout.readline()
+    process.terminate()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    record = read_json(out / "gpu-slow.json")
+    assert record["had"] == 1 and not record["finished"]
+    assert record["error"] == "StageError: it was told to terminate"
+    assert "next: a rehearsal, not begun, no time is left" in printed
+    assert not (out / "gpu-next.json").exists() and (out / "done").exists()
+
+
+def test_the_whole_command_has_an_end(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    ends = []
+
+    def slow(place: Place, record: dict) -> None:
+        ends.append(place.left)
+        time.sleep(min(place.left, 9))
+
+    def stopped(place: Place, record: dict) -> None:
+        assert not (place.out / "done").exists(), "of an earlier call"
+        record |= {"complete": False, "note": "3 of 9 steps; call again to go on"}
+
+    table = {"stopped": stopped, "slow": slow, "late": slow}
+    monkeypatch.setattr(gpu_evidence, "STAGES", table)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "done").touch()
+    told = ["--out", str(out), "--work", str(tmp_path / "work"), "--rehearse"]
+    assert main([*told, "--stages", "stopped"]) == 1
+    note = (
+        "stopped: a rehearsal, finished, stopped by the clock: 3 of 9 steps; call"
+    )
+    assert note in capsys.readouterr().out
+    assert main([*told, "--until", "2", "--stages", "slow,late"]) == 1
+    assert len(ends) == 1 and 0 < ends[0] <= 2
+    assert "late: a rehearsal, not begun" in capsys.readouterr().out
+    assert (out / "done").exists() and not (out / "gpu-late.json").exists()
+
+
+def test_the_benches_can_be_read_and_leave_time_for_others():
+    for arguments in gpu_evidence.BENCHES:
+        given = training.parse(shlex.split(arguments))
+        arms, _ = training.choose_arms(given)
+        assert list(arms) == given.order and given.timeout <= 120
 
 
 def test_no_time_for_a_step_is_said_and_nothing_is_lost(
@@ -352,7 +504,7 @@ def test_no_time_for_a_step_is_said_and_nothing_is_lost(
 ):
     monkeypatch.setattr(gpu_evidence, "papermill", Notebooks(place, [30]))
     run_stage("run", place)
-    place.minutes = 10.5 / 60  # ten seconds go beside the steps
+    place.minutes = 24.5 / 60  # 9 go beside the steps, 15 for the evaluation
     late = run_stage("run", place)
     assert not late["finished"] and "call again" in late["error"]
     assert late["plan"]["steps"] == read_json(place.work / "plan.json")["steps"]
@@ -363,11 +515,18 @@ def test_benches_are_not_run_twice_and_a_bad_one_is_named(
 ):
     seen = []
 
-    def limited(command, place, seconds):
+    logs = set()
+
+    def limited(name, command, place, seconds, so_far):
         seen.append(command)
+        logs.add(name)
         out = Path(command[command.index("--out") + 1])
         if "two" in command:
             write_json(out.with_suffix(".part"), ["a round"])
+            so_far()  # as every ten seconds: what there is comes back
+            had = read_json(place.out / "gpu-bench.json")["benches"]
+            assert had["--preset two"]["rounds"] == ["a round"]
+            assert had["--preset two"]["code"] is None
             return {"code": None, "seconds": 1.0, "tail": ["cut off"]}
         errors = ["the losses differ"] * ("three" in command)
         write_json(out, {"arms": len(seen), "errors": errors})
@@ -380,6 +539,7 @@ def test_benches_are_not_run_twice_and_a_bad_one_is_named(
     assert record["benches"]["--preset two"]["rounds"] == ["a round"]
     bad = "not sound or not done: --preset two; --preset three"
     assert record["error"].endswith(bad)
+    assert len(logs) == 3, "each has a log of its own"
     again = run_stage("bench", place)
     assert [command[4] for command in seen] == ["one", "two", "three", "two"]
     assert again["benches"]["--preset one"]["result"]["arms"] == 1
@@ -476,7 +636,8 @@ def test_every_stage_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     code = main([*told, "--minutes", "4", "--train-minutes", "0.02"])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    files = sorted(path.name for path in out.iterdir())
+    assert (out / "done").exists()
+    files = sorted(path.name for path in out.glob("gpu-*"))
     assert files == sorted(
         [f"gpu-{name}.json" for name in STAGES]
         + ["gpu-trial.ipynb", "gpu-run.ipynb", "gpu-evaluate.ipynb", "gpu-run.png"]
