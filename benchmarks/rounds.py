@@ -80,7 +80,8 @@ class Worker:
         lines = self.said.read().strip().splitlines()
         named = [x for x in lines if END.match(x)]
         last = [f"ended with {code}, without a word", *lines[-1:], *named][-1]
-        if last.startswith("Timeout"):  # stacks follow; the main thread's is the last
+        if last.startswith("Timeout"):
+            # The stacks of all threads follow, that of the main one at the end.
             tops = [b for a, b in pairwise(lines) if "recent call first" in a]
             last += re.sub(r"^ +(File \").*/", r" \1", tops[-1]) if tops else ""
         return {"status": f"failed: {last}"}
